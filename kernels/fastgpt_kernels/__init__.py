@@ -1,0 +1,1 @@
+"""Fused Triton kernels for transformers with a ``torch.nn.functional``-like interface."""
