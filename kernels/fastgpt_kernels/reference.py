@@ -1,0 +1,182 @@
+"""The mathematics of every kernel in plain PyTorch: the specification and the float64 oracle.
+
+Nothing here is fast or saves memory. Each function computes in the dtype it is given, so float64
+inputs give the exact result (and, through autograd, exact gradients) to compare a kernel with.
+
+Shape suffixes: B batch, T query positions, S key positions, H query heads, G key/value heads (H a
+multiple of G), D head dim or hidden size, N rows (tokens), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def attention(
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    v_BGSD: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    doc_start_BT: Tensor | None = None,
+) -> Tensor:
+    """``softmax(softcap(q k^T * scale) + mask) v`` with grouped keys and values.
+
+    Query t sees key s if all of these hold, where p = t + S - T is its position among the keys
+    (bottom-right alignment):
+
+    - ``causal``: s <= p
+    - ``window``: s > p - window (with ``causal``: ``window`` keys, the query's own included)
+    - ``doc_start_BT`` (int32): s >= doc_start_BT[b, t]
+
+    A query that sees no key gives zeros, and passes no gradient.
+
+    Args:
+        q_BHTD: queries.
+        k_BGSD: keys; H must be a multiple of G.
+        v_BGSD: values; the head dim may differ from that of the keys.
+        causal: see above.
+        scale: factor on the scores; ``D ** -0.5`` if None.
+        window: see above.
+        softcap: c > 0 replaces a score x by ``c * tanh(x / c)`` (Gemma 2, arXiv:2408.00118).
+        doc_start_BT: first key index visible to each query.
+
+    Returns:
+        BHTD tensor in the inputs' dtype.
+    """
+    T, S, D = q_BHTD.shape[2], k_BGSD.shape[2], q_BHTD.shape[3]
+    repeats = q_BHTD.shape[1] // k_BGSD.shape[1]
+    k_BHSD = k_BGSD.repeat_interleave(repeats, dim=1)
+    v_BHSD = v_BGSD.repeat_interleave(repeats, dim=1)
+    scores_BHTS = (q_BHTD @ k_BHSD.mT) * (D**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
+    visible = attention_mask(
+        T, S, causal=causal, window=window, doc_start_BT=doc_start_BT, device=q_BHTD.device
+    )
+    scores_BHTS = scores_BHTS.masked_fill(~visible, -torch.inf)
+    # A row of -inf makes softmax NaN in both directions; such rows are cut out before and after.
+    empty = ~visible.any(dim=-1, keepdim=True)
+    weights_BHTS = torch.softmax(scores_BHTS.masked_fill(empty, 0.0), dim=-1)
+    return weights_BHTS.masked_fill(empty, 0.0) @ v_BHSD
+
+
+def attention_mask(
+    T: int,
+    S: int,
+    *,
+    causal: bool,
+    window: int | None = None,
+    doc_start_BT: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Boolean visibility (True: seen) of ``attention``, shape (1 or B, 1, T, S)."""
+    p = torch.arange(T, device=device)[:, None] + (S - T)
+    s = torch.arange(S, device=device)[None, :]
+    visible = torch.ones(T, S, dtype=torch.bool, device=device)
+    if causal:
+        visible = visible & (s <= p)
+    if window is not None:
+        visible = visible & (s > p - window)
+    visible = visible[None, None]
+    if doc_start_BT is not None:
+        visible = visible & (s >= doc_start_BT[:, None, :, None])
+    return visible
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dims (arXiv:1607.06450)."""
+    dims = tuple(range(-len(normalized_shape), 0))
+    centred = input - input.mean(dims, keepdim=True)
+    output = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    if weight is not None:
+        output = output * weight
+    return output if bias is None else output + bias
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dims (arXiv:1910.07467).
+
+    ``eps=None`` is the float32 machine epsilon, as in PyTorch for every dtype up to float32.
+    """
+    dims = tuple(range(-len(normalized_shape), 0))
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
+    output = input * torch.rsqrt(input.square().mean(dims, keepdim=True) + eps)
+    return output if weight is None else output * weight
+
+
+def cross_entropy(
+    input_NV: Tensor,
+    target_N: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Cross-entropy of logits against class indices.
+
+    With x the logits (``softcap * tanh(x / softcap)`` if capped), lse = log sum exp x and
+    e = label_smoothing::
+
+        loss = (1 - e) (lse - x[target]) + e (lse - mean(x)) + z_loss lse^2
+
+    Rows whose target is ``ignore_index`` have loss 0 and do not count in the mean; a mean over no
+    row is NaN. ``z_loss`` is PaLM's loss on the partition function (arXiv:2204.02311, section 5).
+    """
+    logits = input_NV if softcap is None else softcap * torch.tanh(input_NV / softcap)
+    kept = target_N != ignore_index
+    target = torch.where(kept, target_N, 0).long()
+    logp = torch.log_softmax(logits, dim=-1)
+    loss = -(1 - label_smoothing) * logp.gather(-1, target[:, None])[:, 0]
+    if label_smoothing:
+        loss = loss - label_smoothing * logp.mean(dim=-1)
+    if z_loss:
+        loss = loss + z_loss * torch.logsumexp(logits, dim=-1).square()
+    loss = torch.where(kept, loss, 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / kept.sum()
+
+
+def linear_cross_entropy(
+    input_ND: Tensor,
+    linear_weight_VD: Tensor,
+    target_N: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """``cross_entropy`` of the logits ``input @ linear_weight^T + linear_bias``."""
+    logits_NV = torch.nn.functional.linear(input_ND, linear_weight_VD, linear_bias)
+    return cross_entropy(
+        logits_NV,
+        target_N,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+    )
