@@ -1,0 +1,286 @@
+"""Scaled dot-product attention (FlashAttention): launchers, operators and the public function.
+
+The formulas, the masks and the Triton kernels are in ``_attention_kernels.py``.
+
+Legend: B batch, H query heads, HK key heads, T queries, S keys, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt_kernels import cpu
+from fastgpt_kernels._attention_kernels import bwd_dkv_kernel, bwd_dq_kernel, fwd_kernel
+from fastgpt_kernels._common import (
+    ARCHITECTURES,
+    NAMESPACE,
+    AotCase,
+    aot_case,
+    architecture,
+    cdiv,
+    device_guard,
+    lookup_config,
+    next_power_of_2,
+    use_triton,
+)
+
+
+def _constants(
+    D: int, group: int, dtype: torch.dtype, arch: str,
+    causal: bool, windowed: bool, docs: bool, softcap: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """The constexprs the three kernels share."""
+    precision = "ieee"
+    if dtype == torch.float32 and not arch.startswith("gfx"):
+        precision = "tf32x3"  # three tensor-core products carry float32's 24 bits
+    return {
+        "GROUP": group, "HEAD_DIM": D, "BLOCK_D": max(next_power_of_2(D), 16),
+        "CAUSAL": causal, "WINDOWED": windowed, "DOCS": docs, "SOFTCAP": softcap,
+        "PRECISION": precision,
+    }  # fmt: skip
+
+
+def _score_factors(scale: float, softcap: float) -> tuple[float, float]:
+    """What multiplies a dot product before the tanh, and after it on the way to base 2."""
+    log2_e = math.log2(math.e)
+    return (scale / softcap, softcap * log2_e) if softcap > 0.0 else (1.0, scale * log2_e)
+
+
+def _launch(kernel: Any, n_programs: int, *args: Any, **options: Any) -> None:
+    kernel[(n_programs,)](*args, **options)
+
+
+def _empty_like_bthd(x_BHTD: Tensor) -> Tensor:
+    """Uninitialised, shaped like x, memory (B, T, H, D): ``transpose(1, 2).flatten(2)`` is free."""
+    B, H, T, D = x_BHTD.shape
+    return x_BHTD.new_empty((B, T, H, D)).transpose(1, 2)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None,
+    causal: bool, scale: float, window: int, softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, base-2 log-sum-exp (B, H, T)); window 0 and softcap 0 are none."""
+    B, H, T, D = q.shape
+    S, arch = k.shape[2], architecture(q.device)
+    out = _empty_like_bthd(q)
+    lse = q.new_empty((B, H, T), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    config = lookup_config("attention_fwd", arch, q.dtype, D)
+    docs = doc_start is not None
+    constants = _constants(
+        D, H // k.shape[1], q.dtype, arch, causal, window > 0, docs, softcap > 0.0
+    )
+    with device_guard(q):
+        _launch(
+            fwd_kernel, cdiv(T, config["BLOCK_M"]) * B * H,
+            q, k, v, doc_start, out, lse, *q.stride(), *k.stride(), *v.stride(),
+            H, T, S, window, *_score_factors(scale, softcap), **constants, **config,
+        )  # fmt: skip
+    return out, lse
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    doc_start: Tensor | None, causal: bool, scale: float, window: int, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv) from the gradient of out; out and lse must be what the forward returned."""
+    B, H, T, D = q.shape
+    HK, S = k.shape[1:3]
+    arch = architecture(q.device)
+    dq, dk, dv = _empty_like_bthd(q), _empty_like_bthd(k), _empty_like_bthd(v)
+    delta = torch.empty_like(lse)
+    doc_end = None
+    if doc_start is not None:  # per key, how many queries have their first key at or before it
+        keys = torch.arange(S, dtype=torch.int32, device=q.device).expand(B, S).contiguous()
+        doc_end = torch.searchsorted(doc_start, keys, right=True, out_int32=True)
+    docs = doc_start is not None
+    constants = _constants(D, H // HK, q.dtype, arch, causal, window > 0, docs, softcap > 0.0)
+    strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
+    scalars = (H, T, S, window, scale, *_score_factors(scale, softcap))
+    with device_guard(q):
+        if dq.numel():
+            config = lookup_config("attention_bwd_dq", arch, q.dtype, D)
+            _launch(
+                bwd_dq_kernel, cdiv(T, config["BLOCK_M"]) * B * H,
+                q, k, v, doc_start, out, grad, lse, delta, dq,
+                *strides, *scalars, **constants, **config,
+            )  # fmt: skip
+        if dk.numel():
+            config = lookup_config("attention_bwd_dkv", arch, q.dtype, D)
+            _launch(
+                bwd_dkv_kernel, cdiv(S, config["BLOCK_N"]) * B * HK,
+                q, k, v, doc_end, grad, lse, delta, dk, dv,
+                *strides, *scalars, **constants, **config,
+            )  # fmt: skip
+    return dq, dk, dv
+
+
+@_attention.register_fake
+def _(q, k, v, doc_start, causal, scale, window, softcap):
+    return _empty_like_bthd(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@_attention_backward.register_fake
+def _(grad, q, k, v, out, lse, doc_start, causal, scale, window, softcap):
+    return _empty_like_bthd(q), _empty_like_bthd(k), _empty_like_bthd(v)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, doc_start, *ctx.options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, doc_start)
+
+
+def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = _attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return *grads, None, None, None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def attention(
+    q_BHTD: Tensor,
+    k_BHSD: Tensor,
+    v_BHSD: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    doc_start: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention, in the layout of ``F.scaled_dot_product_attention``.
+
+    On a GPU this runs the Triton kernels, on a CPU ``fastgpt_kernels.cpu.attention``. Any strides
+    are taken as they are: ``x.view(B, T, H, D).transpose(1, 2)`` costs nothing, and neither does
+    ``out.transpose(1, 2).flatten(2)``.
+
+    Args:
+        q_BHTD: queries; float32, float16 or bfloat16; D from 1 to 256.
+        k_BHSD: keys, with as many heads as the queries or a divisor of that (query head h uses key
+            head ``h // (H // HK)``).
+        v_BHSD: values, shaped like the keys.
+        causal: query i sees keys up to ``i + S - T`` (the last query sees the last key).
+        scale: positive factor on the dot products; ``D ** -0.5`` if None.
+        window: query i sees no key before ``i + S - T - window + 1``: at most ``window`` keys, its
+            own included, when causal.
+        softcap: c > 0 replaces a score x by ``c * tanh(x / c)``.
+        doc_start: (B, T) int32, non-decreasing along T: the first key each query may see, which
+            keeps the documents of a packed row apart.
+
+    Returns:
+        (B, H, T, D) in the dtype of q, with memory (B, T, H, D). A query that sees no key gives 0
+        and passes no gradient.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit together.
+    """
+    _check(q_BHTD, k_BHSD, v_BHSD, scale, window, softcap, doc_start)
+    scale = q_BHTD.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not use_triton(q_BHTD):
+        return cpu.attention(
+            q_BHTD, k_BHSD, v_BHSD,
+            causal=causal, scale=scale, window=window, softcap=softcap, doc_start=doc_start,
+        )  # fmt: skip
+    out_BHTD, _ = _attention(
+        q_BHTD, k_BHSD, v_BHSD, None if doc_start is None else doc_start.contiguous(),
+        causal, scale, window or 0, float(softcap or 0.0),
+    )  # fmt: skip
+    return out_BHTD
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor,
+    scale: float | None, window: int | None, softcap: float | None, doc_start: Tensor | None,
+) -> None:  # fmt: skip
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} should be "
+            "(B, H, T, D) and twice the same (B, HK, S, D)"
+        )
+    B, H, T, D = q.shape
+    if k.shape[0] != B or k.shape[3] != D or k.shape[1] == 0 or H % k.shape[1]:
+        raise ValueError(
+            f"attention: k {tuple(k.shape)} does not fit q {tuple(q.shape)}: B and D must be "
+            "equal, and the heads of q a multiple of those of k"
+        )
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not 1 <= D <= 256:
+        raise ValueError(
+            f"attention: {q.dtype} with head size {D}; supported are float32, float16 and bfloat16 "
+            "with head sizes 1 to 256"
+        )
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(
+            f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one"
+        )
+    for name, value in (("scale", scale), ("window", window), ("softcap", softcap)):
+        if value is not None and not value > 0:
+            raise ValueError(f"attention: {name} is {value}, it must be positive (or None)")
+    if doc_start is not None and (
+        doc_start.shape != (B, T) or doc_start.dtype != torch.int32 or doc_start.device != q.device
+    ):
+        raise ValueError(
+            f"attention: doc_start is {tuple(doc_start.shape)} {doc_start.dtype} on "
+            f"{doc_start.device}; it must be {(B, T)} torch.int32 on {q.device}"
+        )
+
+
+def aot_cases() -> list[AotCase]:
+    """What the static gate compiles: per kernel and chip the two usual cases, then variants."""
+    plain = {"causal": True, "windowed": False, "docs": False, "softcap": False}
+    banded = {**plain, "windowed": True, "docs": True}
+    variants = [
+        (64, 1, torch.bfloat16, plain),
+        (128, 1, torch.bfloat16, plain),
+        (64, 1, torch.bfloat16, {**plain, "causal": False}),
+        (64, 4, torch.bfloat16, banded),
+        (128, 4, torch.bfloat16, banded),
+        (128, 1, torch.bfloat16, {**plain, "softcap": True}),
+        (32, 1, torch.float16, plain),
+        (80, 1, torch.bfloat16, plain),
+        (256, 8, torch.bfloat16, plain),
+        (64, 1, torch.float32, plain),
+        (128, 1, torch.float32, plain),
+    ]
+    kernels = {
+        "attention_fwd": fwd_kernel,
+        "attention_bwd_dq": bwd_dq_kernel,
+        "attention_bwd_dkv": bwd_dkv_kernel,
+    }
+    return [
+        _aot_case(name, kernel, arch, *variant)
+        for arch in ARCHITECTURES
+        for name, kernel in kernels.items()
+        for variant in variants
+    ]
+
+
+def _aot_case(
+    name: str, kernel: Any, arch: str, D: int, group: int, dtype: torch.dtype, mask: dict[str, bool]
+) -> AotCase:
+    element = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    config = lookup_config(name, arch, dtype, D)
+    constants = _constants(D, group, dtype, arch, **mask)
+    strides = [arg for arg in kernel.arg_names if arg.startswith("stride_")]
+    constants.update({arg: 1 for arg in strides if arg.endswith("d")})
+    types = dict.fromkeys(kernel.arg_names, "i32")
+    types.update({arg: f"*{element}" for arg in kernel.arg_names if arg.endswith("_ptr")})
+    types.update(lse_ptr="*fp32", delta_ptr="*fp32", doc_ptr="*i32", doc_end_ptr="*i32")
+    types.update(scale="fp32", score_in="fp32", score_log2="fp32")
+    if not mask["docs"]:
+        constants.update(doc_ptr=None, doc_end_ptr=None)
+    options = "+".join(switch for switch, on in mask.items() if on) or "full"
+    return aot_case(
+        f"{name}/d{D}-{element}-g{group}-{options}", kernel, types, constants, config,
+        aligned=tuple(strides), architectures=(arch,),
+    )  # fmt: skip
