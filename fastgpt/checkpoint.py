@@ -344,7 +344,9 @@ def _by_preference(root: Path, steps: list[int], warn: Warn) -> list[int]:
         reason = getattr(error, "strerror", None) or "damaged"
         warn(f"{root / 'latest'}: {reason}; using the newest good checkpoint")
         return steps[::-1]
-    return _newest_first(steps, int(match[1]))
+    if (named := int(match[1])) not in steps:
+        warn(f"{root}: step_{named}, which `latest` names, is missing; using the one before it")
+    return _newest_first(steps, named)
 
 
 def _newest_first(steps: list[int], newest: int) -> list[int]:

@@ -271,6 +271,13 @@ def test_latest_decides_over_a_higher_number(root: Path) -> None:
         assert_holds(load_checkpoint(root), 10)
 
 
+def test_the_step_before_a_missing_latest_is_used(root: Path) -> None:
+    save(root, 15)
+    shutil.rmtree(root / "step_15")
+    with pytest.warns(UserWarning, match="step_15, which `latest` names, is missing"):
+        assert_holds(load_checkpoint(root), 10)
+
+
 def test_names_that_are_not_checkpoints_are_left_alone(root: Path) -> None:
     for name in ("step_010", "step_-5", "step_30.bak", "notes", "step_"):
         (root / name).mkdir()
