@@ -1,0 +1,292 @@
+// Python bindings of the BPE core: the only file that knows of Python.
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+
+#include "encoder.h"
+#include "parallel.h"
+#include "trainer.h"
+#include "unicode_ranges.h"
+#include "word_counter.h"
+
+namespace py = pybind11;
+
+namespace fastgpt {
+namespace {
+
+Pattern parse_pattern(const std::string& name) {
+  if (name == "gpt2") return Pattern::kGpt2;
+  if (name == "gpt4") return Pattern::kGpt4;
+  if (name == "llama3") return Pattern::kLlama3;
+  throw std::invalid_argument("unknown pattern '" + name + "'; use gpt2, gpt4 or llama3");
+}
+
+// The UTF-8 bytes of a str, which lie inside it as long as it lives.
+std::string_view utf8_view(py::handle text) {
+  if (!PyUnicode_Check(text.ptr())) {
+    throw py::type_error(std::string("text must be str, not ") + Py_TYPE(text.ptr())->tp_name);
+  }
+  Py_ssize_t size = 0;
+  const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
+  if (!data) throw py::error_already_set();
+  return {data, static_cast<std::size_t>(size)};
+}
+
+std::string_view bytes_view(const py::bytes& data) {
+  return {PyBytes_AS_STRING(data.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(data.ptr()))};
+}
+
+// str or bytes.
+std::string_view text_view(py::handle text) {
+  if (PyBytes_Check(text.ptr())) return bytes_view(py::reinterpret_borrow<py::bytes>(text));
+  return utf8_view(text);
+}
+
+// A numpy array over the memory of the buffer; narrow ones are packed to uint16 in place.
+py::array to_numpy(TokenBuffer& buffer, bool narrow) {
+  const std::size_t size = buffer.size();
+  if (size == 0)
+    return narrow ? py::array(py::dtype::of<std::uint16_t>(), 0)
+                  : py::array(py::dtype::of<std::uint32_t>(), 0);
+  std::uint32_t* const data = buffer.release();
+  const py::capsule owner(data, [](void* memory) { std::free(memory); });
+  if (!narrow) return py::array_t<std::uint32_t>(static_cast<py::ssize_t>(size), data, owner);
+  auto* const bytes = reinterpret_cast<unsigned char*>(data);
+  for (std::size_t i = 0; i < size; ++i) {
+    const auto id = static_cast<std::uint16_t>(data[i]);
+    std::memcpy(bytes + 2 * i, &id, sizeof id);
+  }
+  return py::array(py::dtype::of<std::uint16_t>(), {size}, {sizeof(std::uint16_t)}, data, owner);
+}
+
+class PyEncoder {
+ public:
+  PyEncoder(const std::string& pattern, std::vector<std::optional<py::bytes>> tokens,
+            const std::vector<std::tuple<std::uint32_t, std::uint32_t, std::uint32_t>>& merges,
+            const std::vector<std::pair<py::bytes, std::uint32_t>>& specials, bool whole_pieces)
+      : encoder_(make_vocabulary(pattern, tokens, merges, specials, whole_pieces)),
+        narrow_(encoder_.vocab_size() <= 65536) {}
+
+  py::list encode(py::handle text, const std::vector<std::size_t>& allowed) {
+    const TokenBuffer ids = run(text_view(text), allowed);
+    py::list out(static_cast<py::ssize_t>(ids.size()));
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), integer(ids.data()[i]));
+    }
+    return out;
+  }
+
+  py::array encode_to_numpy(py::handle text, const std::vector<std::size_t>& allowed) {
+    TokenBuffer ids = run(text_view(text), allowed);
+    return to_numpy(ids, narrow_);
+  }
+
+  py::list encode_batch(const py::sequence& texts, int threads) {
+    // A fast sequence keeps every text alive whatever happens to the caller's list meanwhile.
+    const py::tuple held(texts);
+    std::vector<std::string_view> views;
+    views.reserve(held.size());
+    for (const py::handle text : held) views.push_back(text_view(text));
+    const int wanted = std::min(
+        resolve_threads(threads),
+        static_cast<int>(std::min<std::size_t>(std::max<std::size_t>(views.size(), 1), 1024)));
+    std::vector<Encoder::State> states;
+    for (int i = 0; i < wanted; ++i) states.push_back(encoder_.acquire());
+    std::vector<TokenBuffer> results(views.size());
+    {
+      const py::gil_scoped_release release;
+      parallel_for(views.size(), wanted, [&](std::size_t i, int thread) {
+        encoder_.encode(views[i], *states[static_cast<std::size_t>(thread)], results[i]);
+      });
+    }
+    py::list out(results.size());
+    for (std::size_t i = 0; i < results.size(); ++i) {
+      out[i] = to_numpy(results[i], narrow_);
+    }
+    return out;
+  }
+
+  py::bytes decode(py::handle ids) const {
+    std::string bytes;
+    if (py::isinstance<py::array>(ids)) {
+      decode_array(py::reinterpret_borrow<py::array>(ids), bytes);
+    } else {
+      const std::vector<std::int64_t> values = integers(ids);
+      const py::gil_scoped_release release;
+      encoder_.decode(values.data(), values.size(), bytes);
+    }
+    return py::bytes(bytes);
+  }
+
+  std::size_t vocab_size() const { return encoder_.vocab_size(); }
+
+ private:
+  static Vocabulary make_vocabulary(
+      const std::string& pattern, std::vector<std::optional<py::bytes>>& tokens,
+      const std::vector<std::tuple<std::uint32_t, std::uint32_t, std::uint32_t>>& merges,
+      const std::vector<std::pair<py::bytes, std::uint32_t>>& specials, bool whole_pieces) {
+    Vocabulary vocabulary;
+    vocabulary.pattern = parse_pattern(pattern);
+    vocabulary.whole_pieces = whole_pieces;
+    for (const auto& token : tokens) {
+      vocabulary.tokens.emplace_back(token ? bytes_view(*token) : std::string_view());
+    }
+    for (const auto& [left, right, id] : merges) vocabulary.merges.push_back({left, right, id});
+    for (const auto& [text, id] : specials) vocabulary.specials.emplace_back(bytes_view(text), id);
+    return vocabulary;
+  }
+
+  TokenBuffer run(std::string_view text, const std::vector<std::size_t>& allowed) const {
+    // The state is taken and given back under the GIL, so that no fork can meet a locked pool.
+    const Encoder::State state = encoder_.acquire();
+    TokenBuffer ids;
+    const auto encode = [&] {
+      if (allowed.empty()) return encoder_.encode(text, *state, ids);
+      encoder_.encode_with_specials(text, allowed, *state, ids);
+    };
+    constexpr std::size_t kWorthARelease = 1024;
+    if (text.size() < kWorthARelease) {
+      encode();
+    } else {
+      const py::gil_scoped_release release;
+      encode();
+    }
+    return ids;
+  }
+
+  // A new reference to the integer; each is made once, which halves the cost of a list.
+  PyObject* integer(std::uint32_t id) {
+    if (integers_.empty()) integers_.resize(encoder_.vocab_size());
+    py::object& value = integers_[id];
+    if (!value) value = py::int_(id);
+    return value.inc_ref().ptr();
+  }
+
+  static std::vector<std::int64_t> integers(py::handle ids) {
+    const py::object fast = py::reinterpret_steal<py::object>(
+        PySequence_Fast(ids.ptr(), "ids must be a sequence of integers"));
+    if (!fast) throw py::error_already_set();
+    const auto size = PySequence_Fast_GET_SIZE(fast.ptr());
+    std::vector<std::int64_t> values;
+    values.reserve(static_cast<std::size_t>(size));
+    // The size is read again each time: __index__ of an item may run code that shrinks the list.
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(fast.ptr()); ++i) {
+      const auto item = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(fast.ptr(), i));
+      int overflow = 0;
+      const long long value = PyLong_AsLongLongAndOverflow(item.ptr(), &overflow);
+      if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+      values.push_back(overflow ? -1 : value);
+    }
+    return values;
+  }
+
+  template <class Id>
+  void decode_as(const py::array& ids, std::string& bytes) const {
+    const auto typed = py::array_t<Id, py::array::c_style | py::array::forcecast>::ensure(ids);
+    if (!typed) throw py::error_already_set();
+    const Id* data = typed.data();
+    const auto size = static_cast<std::size_t>(typed.size());
+    const py::gil_scoped_release release;
+    encoder_.decode(data, size, bytes);
+  }
+
+  void decode_array(const py::array& ids, std::string& bytes) const {
+    const char kind = ids.dtype().kind();
+    if (ids.ndim() != 1 || (kind != 'i' && kind != 'u')) {
+      throw py::type_error("ids must be a one-dimensional array of integers");
+    }
+    if (kind == 'u' && ids.itemsize() <= 2) return decode_as<std::uint16_t>(ids, bytes);
+    if (kind == 'u' && ids.itemsize() == 4) return decode_as<std::uint32_t>(ids, bytes);
+    if (ids.itemsize() <= 4) return decode_as<std::int32_t>(ids, bytes);
+    decode_as<std::int64_t>(ids, bytes);
+  }
+
+  Encoder encoder_;
+  bool narrow_;
+  std::vector<py::object> integers_;
+};
+
+class PyTrainer {
+ public:
+  PyTrainer(const std::string& pattern, int threads) : counter_(parse_pattern(pattern), threads) {}
+
+  void feed(const py::sequence& texts) {
+    const py::tuple held(texts);
+    std::vector<std::string_view> views;
+    views.reserve(held.size());
+    for (const py::handle text : held) views.push_back(text_view(text));
+    const py::gil_scoped_release release;
+    counter_.add(views);
+  }
+
+  std::vector<IdPair> train(std::size_t merges, std::uint64_t min_count,
+                            const std::optional<py::function>& progress) {
+    TrainOptions options;
+    options.merges = merges;
+    options.min_count = min_count;
+    options.progress = [&](std::size_t done, std::size_t wanted) {
+      const py::gil_scoped_acquire acquire;
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      if (progress) (*progress)(done, wanted);
+    };
+    const py::gil_scoped_release release;
+    return train_bpe(counter_.take(), options);
+  }
+
+ private:
+  WordCounter counter_;
+};
+
+template <Pattern kPattern>
+void append_pieces(std::string_view text, py::list& out) {
+  const auto* p = reinterpret_cast<const std::uint8_t*>(text.data());
+  const auto* const end = p + text.size();
+  while (p < end) {
+    const std::uint8_t* const next = next_piece<kPattern>(p, end);
+    out.append(py::bytes(reinterpret_cast<const char*>(p), static_cast<std::size_t>(next - p)));
+    p = next;
+  }
+}
+
+py::list split(const std::string& pattern, py::handle text) {
+  py::list out;
+  with_pattern(parse_pattern(pattern),
+               [&](auto p) { append_pieces<decltype(p)::value>(text_view(text), out); });
+  return out;
+}
+
+std::vector<std::uint32_t> byte_ids() { return {gpt2_byte_ids(), gpt2_byte_ids() + 256}; }
+
+}  // namespace
+}  // namespace fastgpt
+
+PYBIND11_MODULE(_bpe, m) {
+  using fastgpt::PyEncoder;
+  using fastgpt::PyTrainer;
+  m.doc() = "Byte-level BPE in C++; fastgpt.tokenizer is the interface to use.";
+  m.attr("UNICODE_VERSION") = fastgpt::kUnicodeVersion;
+  m.def("split", &fastgpt::split, py::arg("pattern"), py::arg("text"));
+  m.def("byte_ids", &fastgpt::byte_ids);
+  py::class_<PyEncoder>(m, "Encoder")
+      .def(py::init<const std::string&, std::vector<std::optional<py::bytes>>,
+                    const std::vector<std::tuple<std::uint32_t, std::uint32_t, std::uint32_t>>&,
+                    const std::vector<std::pair<py::bytes, std::uint32_t>>&, bool>(),
+           py::arg("pattern"), py::arg("tokens"), py::arg("merges"), py::arg("specials"),
+           py::arg("whole_pieces"))
+      .def("encode", &PyEncoder::encode, py::arg("text"), py::arg("allowed"))
+      .def("encode_to_numpy", &PyEncoder::encode_to_numpy, py::arg("text"), py::arg("allowed"))
+      .def("encode_batch", &PyEncoder::encode_batch, py::arg("texts"), py::arg("threads"))
+      .def("decode", &PyEncoder::decode, py::arg("ids"))
+      .def_property_readonly("vocab_size", &PyEncoder::vocab_size);
+  py::class_<PyTrainer>(m, "Trainer")
+      .def(py::init<const std::string&, int>(), py::arg("pattern"), py::arg("threads"))
+      .def("feed", &PyTrainer::feed, py::arg("texts"))
+      .def("train", &PyTrainer::train, py::arg("merges"), py::arg("min_count"),
+           py::arg("progress"));
+}

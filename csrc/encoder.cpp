@@ -1,0 +1,303 @@
+#include "encoder.h"
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+
+namespace fastgpt {
+namespace {
+
+constexpr std::uint32_t kNone = MergeTable::kNone;
+constexpr std::uint32_t kEnd = 0xFFFFFFFF;  // no neighbour
+// A state keeps the work space of pieces up to this many bytes; larger ones are given back.
+constexpr std::size_t kKeepNodes = std::size_t{1} << 20;
+
+void check_limits(const Vocabulary& vocabulary) {
+  if (vocabulary.tokens.size() > MergeTable::kMaxIds) {
+    throw std::invalid_argument("more than " + std::to_string(MergeTable::kMaxIds) + " ids");
+  }
+  if (vocabulary.merges.size() > MergeTable::kMaxMerges) {
+    throw std::invalid_argument("more than " + std::to_string(MergeTable::kMaxMerges) + " merges");
+  }
+  for (std::size_t rank = 0; rank < vocabulary.merges.size(); ++rank) {
+    const Merge& merge = vocabulary.merges[rank];
+    if (std::max({merge.left, merge.right, merge.id}) >= vocabulary.tokens.size()) {
+      throw std::invalid_argument("merge " + std::to_string(rank) + " uses an id without a token");
+    }
+  }
+}
+
+}  // namespace
+
+EncodeState::EncodeState() : short_pieces(16), long_pieces(14) {}
+
+Encoder::Encoder(Vocabulary vocabulary)
+    : vocabulary_((check_limits(vocabulary), std::move(vocabulary))), merges_(vocabulary_.merges) {
+  check_merges();
+  index_bytes();
+  index_specials();
+  if (vocabulary_.whole_pieces) index_whole_pieces();
+}
+
+void Encoder::check_merges() const {
+  const auto& tokens = vocabulary_.tokens;
+  for (std::size_t rank = 0; rank < vocabulary_.merges.size(); ++rank) {
+    const auto& [left, right, id] = vocabulary_.merges[rank];
+    if (tokens[left].empty() || tokens[right].empty() ||
+        tokens[id] != tokens[left] + tokens[right]) {
+      throw std::invalid_argument("merge " + std::to_string(rank) +
+                                  " does not lead from two tokens to the one of both their bytes");
+    }
+  }
+}
+
+void Encoder::index_bytes() {
+  std::fill(std::begin(byte_id_), std::end(byte_id_), kEnd);
+  for (std::uint32_t id = 0; id < vocabulary_.tokens.size(); ++id) {
+    const std::string& token = vocabulary_.tokens[id];
+    if (token.size() == 1) byte_id_[static_cast<std::uint8_t>(token[0])] = id;
+  }
+  for (int byte = 0; byte < 256; ++byte) {
+    if (byte_id_[byte] == kEnd) {
+      throw std::invalid_argument("no token for the byte " + std::to_string(byte) +
+                                  "; byte-level BPE needs all 256");
+    }
+  }
+  byte_pair_rank_.resize(65536);
+  for (std::uint32_t pair = 0; pair < 65536; ++pair) {
+    byte_pair_rank_[pair] = merges_.rank(byte_id_[pair >> 8], byte_id_[pair & 0xFF]);
+  }
+}
+
+void Encoder::index_specials() {
+  std::vector<std::string_view> all(vocabulary_.tokens.begin(), vocabulary_.tokens.end());
+  for (const auto& [text, id] : vocabulary_.specials) {
+    if (text.empty()) throw std::invalid_argument("a special token is the empty string");
+    if (id >= MergeTable::kMaxIds) {
+      throw std::invalid_argument("special token id " + std::to_string(id) + " is too large");
+    }
+    if (id >= all.size()) all.resize(id + 1);
+    if (!all[id].empty()) {
+      throw std::invalid_argument("id " + std::to_string(id) + " of special token '" + text +
+                                  "' is taken");
+    }
+    all[id] = text;
+  }
+  offsets_.assign(1, 0);
+  for (const std::string_view token : all) {
+    bytes_ += token;
+    offsets_.push_back(bytes_.size());
+  }
+}
+
+void Encoder::index_whole_pieces() {
+  EncodeState state;
+  for (std::uint32_t id = 0; id < vocabulary_.tokens.size(); ++id) {
+    const std::string& token = vocabulary_.tokens[id];
+    if (token.empty()) continue;
+    TokenBuffer ids;
+    merge_piece(reinterpret_cast<const std::uint8_t*>(token.data()), token.size(), state, ids);
+    if (ids.size() != 1 || ids.data()[0] != id) unreachable_.emplace(token, id);
+  }
+}
+
+Encoder::State Encoder::acquire() const {
+  const std::lock_guard<std::mutex> lock(pool_mutex_);
+  if (pool_.empty()) return State(new EncodeState, Release{this});
+  State state(pool_.back().release(), Release{this});
+  pool_.pop_back();
+  return state;
+}
+
+void Encoder::Release::operator()(EncodeState* state) const {
+  std::unique_ptr<EncodeState> owned(state);
+  const std::lock_guard<std::mutex> lock(owner->pool_mutex_);
+  owner->pool_.push_back(std::move(owned));
+}
+
+void Encoder::encode(std::string_view text, EncodeState& state, TokenBuffer& out) const {
+  with_pattern(vocabulary_.pattern,
+               [&](auto pattern) { encode_pieces<decltype(pattern)::value>(text, state, out); });
+}
+
+template <Pattern kPattern>
+void Encoder::encode_pieces(std::string_view text, EncodeState& state, TokenBuffer& out) const {
+  const auto* p = reinterpret_cast<const std::uint8_t*>(text.data());
+  const auto* const end = p + text.size();
+  while (p < end) {
+    const std::uint8_t* const next = next_piece<kPattern>(p, end);
+    const auto length = static_cast<std::size_t>(next - p);
+    if (length <= decltype(state.short_pieces)::kMaxLength) {
+      encode_cached(p, length, end, state.short_pieces, state, out);
+    } else if (length <= decltype(state.long_pieces)::kMaxLength) {
+      encode_cached(p, length, end, state.long_pieces, state, out);
+    } else {
+      merge_piece(p, length, state, out);
+    }
+    p = next;
+  }
+}
+
+template <class Cache>
+inline void Encoder::encode_cached(const std::uint8_t* p, std::size_t length,
+                                   const std::uint8_t* end, Cache& cache, EncodeState& state,
+                                   TokenBuffer& out) const {
+  const auto key = Cache::make_key(p, length, end);
+  if (const int found = cache.find(key, out.room(8))) {
+    out.advance(static_cast<std::size_t>(found));
+    return;
+  }
+  const std::size_t before = out.size();
+  merge_piece(p, length, state, out);
+  cache.insert(key, out.data() + before, out.size() - before);
+}
+
+void Encoder::merge_piece(const std::uint8_t* p, std::size_t length, EncodeState& state,
+                          TokenBuffer& out) const {
+  if (!unreachable_.empty()) {
+    const auto found = unreachable_.find(std::string(reinterpret_cast<const char*>(p), length));
+    if (found != unreachable_.end()) return out.push(found->second);
+  }
+  if (length == 1) {
+    out.push(byte_id_[*p]);
+  } else if (length <= kShortMerge) {
+    merge_short(p, length, out);
+  } else {
+    merge_long(p, length, state, out);
+  }
+}
+
+// Repeated search for the lowest rank: quadratic, but the fastest while everything fits in a line
+// or two of cache.
+void Encoder::merge_short(const std::uint8_t* p, std::size_t length, TokenBuffer& out) const {
+  std::uint32_t rank[kShortMerge];  // of the pair that starts at i
+  std::uint32_t* const id = out.room(length);
+  for (std::size_t i = 0; i + 1 < length; ++i) {
+    rank[i] = byte_pair_rank_[static_cast<std::size_t>(p[i]) << 8 | p[i + 1]];
+    id[i] = byte_id_[p[i]];
+  }
+  id[length - 1] = byte_id_[p[length - 1]];
+  std::size_t count = length;
+  while (count > 1) {
+    std::size_t best = 0;
+    for (std::size_t i = 1; i + 1 < count; ++i) {
+      if (rank[i] < rank[best]) best = i;
+    }
+    if (rank[best] == kNone) break;
+    id[best] = merges_.id(rank[best]);
+    --count;
+    for (std::size_t i = best + 1; i < count; ++i) id[i] = id[i + 1];
+    for (std::size_t i = best; i + 1 < count; ++i) rank[i] = rank[i + 1];
+    if (best > 0) rank[best - 1] = merges_.rank(id[best - 1], id[best]);
+    if (best + 1 < count) rank[best] = merges_.rank(id[best], id[best + 1]);
+  }
+  out.advance(count);
+}
+
+// The same merges in the same order from a heap of (rank, position): n log n.
+void Encoder::merge_long(const std::uint8_t* p, std::size_t length, EncodeState& state,
+                         TokenBuffer& out) const {
+  if (length >= kEnd) throw std::invalid_argument("one word of the text is longer than 4 GiB");
+  auto& nodes = state.nodes;
+  auto& heap = state.heap;
+  const auto count = static_cast<std::uint32_t>(length);
+  nodes.resize(count);
+  heap.clear();
+  const auto entry = [](std::uint32_t rank, std::uint32_t at) {
+    return static_cast<std::uint64_t>(rank) << 32 | at;
+  };
+  for (std::uint32_t i = 0; i < count; ++i) {
+    const bool last = i + 1 == count;
+    const std::uint32_t rank =
+        last ? kNone : byte_pair_rank_[static_cast<std::size_t>(p[i]) << 8 | p[i + 1]];
+    nodes[i] = {byte_id_[p[i]], i ? i - 1 : kEnd, last ? kEnd : i + 1, rank};
+    if (rank != kNone) heap.push_back(entry(rank, i));
+  }
+  std::make_heap(heap.begin(), heap.end(), std::greater<>{});
+  const auto rerank = [&](std::uint32_t at) {
+    EncodeState::Node& node = nodes[at];
+    node.rank = node.next == kEnd ? kNone : merges_.rank(node.id, nodes[node.next].id);
+    if (node.rank == kNone) return;
+    heap.push_back(entry(node.rank, at));
+    std::push_heap(heap.begin(), heap.end(), std::greater<>{});
+  };
+  while (!heap.empty()) {
+    std::pop_heap(heap.begin(), heap.end(), std::greater<>{});
+    const auto rank = static_cast<std::uint32_t>(heap.back() >> 32);
+    const auto at = static_cast<std::uint32_t>(heap.back());
+    heap.pop_back();
+    EncodeState::Node& node = nodes[at];
+    if (node.rank != rank) continue;  // one of its halves has merged elsewhere since
+    EncodeState::Node& eaten = nodes[node.next];
+    node.id = merges_.id(rank);
+    node.next = eaten.next;
+    eaten.rank = kNone;
+    if (node.next != kEnd) nodes[node.next].prev = at;
+    rerank(at);
+    if (node.prev != kEnd) rerank(node.prev);
+  }
+  for (std::uint32_t at = 0; at != kEnd; at = nodes[at].next) out.push(nodes[at].id);
+  if (nodes.capacity() > kKeepNodes) std::vector<EncodeState::Node>().swap(nodes);
+  if (heap.capacity() > kKeepNodes) std::vector<std::uint64_t>().swap(heap);
+}
+
+void Encoder::encode_with_specials(std::string_view text, const std::vector<std::size_t>& allowed,
+                                   EncodeState& state, TokenBuffer& out) const {
+  // The next place of each special token, searched again only once the text has passed it.
+  std::vector<std::size_t> next(allowed.size(), 0);
+  std::size_t begin = 0;
+  bool first = true;
+  while (true) {
+    std::size_t best = std::string_view::npos;
+    std::size_t best_index = 0;
+    for (std::size_t i = 0; i < allowed.size(); ++i) {
+      const std::string& special = vocabulary_.specials[allowed[i]].first;
+      if (first || (next[i] != std::string_view::npos && next[i] < begin)) {
+        next[i] = text.find(special, begin);
+      }
+      const bool longer = next[i] == best && best != std::string_view::npos &&
+                          special.size() > vocabulary_.specials[allowed[best_index]].first.size();
+      if (next[i] < best || longer) {
+        best = next[i];
+        best_index = i;
+      }
+    }
+    first = false;
+    if (best == std::string_view::npos) break;
+    const auto& [special, id] = vocabulary_.specials[allowed[best_index]];
+    encode(text.substr(begin, best - begin), state, out);
+    out.push(id);
+    begin = best + special.size();
+  }
+  encode(text.substr(begin), state, out);
+}
+
+template <class Id>
+void Encoder::decode(const Id* ids, std::size_t count, std::string& out) const {
+  std::size_t total = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto id = static_cast<std::uint64_t>(ids[i]);  // a negative id becomes a huge one
+    if (id >= vocab_size() || offsets_[id] == offsets_[id + 1]) {
+      throw std::invalid_argument("token id " + std::to_string(ids[i]) + " at position " +
+                                  std::to_string(i) + " is not in the vocabulary of " +
+                                  std::to_string(vocab_size()));
+    }
+    total += offsets_[id + 1] - offsets_[id];
+  }
+  std::size_t at = out.size();
+  out.resize(at + total);
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto id = static_cast<std::size_t>(ids[i]);
+    const std::size_t length = offsets_[id + 1] - offsets_[id];
+    std::memcpy(&out[at], bytes_.data() + offsets_[id], length);
+    at += length;
+  }
+}
+
+template void Encoder::decode(const std::uint16_t*, std::size_t, std::string&) const;
+template void Encoder::decode(const std::uint32_t*, std::size_t, std::string&) const;
+template void Encoder::decode(const std::int32_t*, std::size_t, std::string&) const;
+template void Encoder::decode(const std::int64_t*, std::size_t, std::string&) const;
+
+}  // namespace fastgpt

@@ -1,0 +1,106 @@
+// Byte-level BPE: text <-> ids for one vocabulary.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "merge_table.h"
+#include "piece_cache.h"
+#include "pretokenizer.h"
+#include "token_buffer.h"
+
+namespace fastgpt {
+
+struct Vocabulary {
+  Pattern pattern;
+  std::vector<std::string> tokens;  // by id; an empty one is an id that stands for nothing
+  std::vector<Merge> merges;        // by rank
+  std::vector<std::pair<std::string, std::uint32_t>> specials;
+  // A piece that is a token as it stands becomes that token, whatever the merges say (tiktoken;
+  // `ignore_merges` of Hugging Face).
+  bool whole_pieces = false;
+};
+
+// What one thread needs while it encodes.
+struct EncodeState {
+  EncodeState();
+
+  PieceCache<2, 4> short_pieces;
+  PieceCache<4, 8> long_pieces;
+  struct Node {
+    std::uint32_t id;
+    std::uint32_t prev;
+    std::uint32_t next;
+    std::uint32_t rank;
+  };
+  std::vector<Node> nodes;
+  std::vector<std::uint64_t> heap;
+};
+
+// Immutable but for a pool of EncodeStates; any number of threads may use one Encoder.
+class Encoder {
+ public:
+  // Throws std::invalid_argument if the vocabulary is inconsistent: a byte without a token, an id
+  // out of range, a merge whose token is not its two parts, an empty or doubled special token.
+  explicit Encoder(Vocabulary vocabulary);
+
+  // A state from the pool, back to which it goes when the pointer dies.
+  struct Release {
+    const Encoder* owner;
+    void operator()(EncodeState* state) const;
+  };
+  using State = std::unique_ptr<EncodeState, Release>;
+  State acquire() const;
+
+  // Appends the ids of text, in which no special token is looked for.
+  void encode(std::string_view text, EncodeState& state, TokenBuffer& out) const;
+
+  // The same, but the strings of these special tokens (places in Vocabulary::specials) become
+  // their ids. The leftmost one wins, of those that start together the longest.
+  void encode_with_specials(std::string_view text, const std::vector<std::size_t>& allowed,
+                            EncodeState& state, TokenBuffer& out) const;
+
+  // Appends the bytes of ids; throws std::invalid_argument naming the first id without a token.
+  template <class Id>
+  void decode(const Id* ids, std::size_t count, std::string& out) const;
+
+  std::size_t vocab_size() const { return offsets_.size() - 1; }
+  const Vocabulary& vocabulary() const { return vocabulary_; }
+
+ private:
+  static constexpr std::size_t kShortMerge = 48;
+
+  template <Pattern kPattern>
+  void encode_pieces(std::string_view text, EncodeState& state, TokenBuffer& out) const;
+  template <class Cache>
+  void encode_cached(const std::uint8_t* p, std::size_t length, const std::uint8_t* end,
+                     Cache& cache, EncodeState& state, TokenBuffer& out) const;
+  void merge_piece(const std::uint8_t* p, std::size_t length, EncodeState& state,
+                   TokenBuffer& out) const;
+  void merge_short(const std::uint8_t* p, std::size_t length, TokenBuffer& out) const;
+  void merge_long(const std::uint8_t* p, std::size_t length, EncodeState& state,
+                  TokenBuffer& out) const;
+  void index_bytes();
+  void index_specials();
+  void check_merges() const;
+  void index_whole_pieces();
+
+  Vocabulary vocabulary_;
+  MergeTable merges_;
+  std::uint32_t byte_id_[256];
+  std::vector<std::uint32_t> byte_pair_rank_;  // [first byte << 8 | second byte]
+  // Tokens that their own merges do not lead to; filled only if vocabulary_.whole_pieces.
+  std::unordered_map<std::string, std::uint32_t> unreachable_;
+  std::string bytes_;                   // of all ids, one behind the other
+  std::vector<std::uint64_t> offsets_;  // of id i: [offsets_[i], offsets_[i + 1])
+  mutable std::mutex pool_mutex_;
+  mutable std::vector<std::unique_ptr<EncodeState>> pool_;
+};
+
+}  // namespace fastgpt

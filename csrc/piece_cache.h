@@ -1,0 +1,96 @@
+// Bounded cache from a piece of text to its ids.
+//
+// Words repeat, so most pieces are looked up instead of merged. Keys are stored whole (a hash alone
+// could return the ids of another word). Two entries share a bucket and the older one is replaced,
+// so memory is fixed and hostile input can only miss. The memory is claimed page by page on use.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "hash.h"
+
+namespace fastgpt {
+
+// kWords * 8 bytes of key, the last byte of which is the length; room for kIds ids.
+template <int kWords, int kIds>
+class PieceCache {
+ public:
+  static constexpr int kMaxLength = kWords * 8 - 1;
+
+  struct Key {
+    std::uint64_t word[kWords];
+  };
+
+  explicit PieceCache(int bucket_bits)
+      : shift_(64 - bucket_bits),
+        entries_(static_cast<Entry*>(std::calloc(std::size_t{2} << bucket_bits, sizeof(Entry)))) {
+    if (!entries_) throw std::bad_alloc();
+  }
+
+  static Key make_key(const std::uint8_t* p, std::size_t length, const std::uint8_t* end) {
+    Key key;
+    pack_bytes(p, length, end, key.word);
+    return key;
+  }
+
+  // Copies the ids to out, which must have room for kIds, and returns their number; 0 is a miss.
+  int find(const Key& key, std::uint32_t* out) const {
+    const Entry* bucket = &entries_[bucket_of(key)];
+    for (int way = 0; way < 2; ++way) {
+      if (same(bucket[way].key, key)) {
+        std::memcpy(out, bucket[way].ids, sizeof bucket[way].ids);
+        return count_of(bucket[way].key);
+      }
+    }
+    return 0;
+  }
+
+  void insert(const Key& key, const std::uint32_t* ids, std::size_t count) {
+    if (count > kIds) return;
+    Entry* bucket = &entries_[bucket_of(key)];
+    if (bucket[0].key.word[kWords - 1]) bucket[1] = bucket[0];
+    bucket[0].key = key;
+    bucket[0].key.word[kWords - 1] |= static_cast<std::uint64_t>(count - 1) << kCountShift;
+    std::memcpy(bucket[0].ids, ids, count * sizeof *ids);
+  }
+
+ private:
+  // The last key byte holds the length (at most 31) and above it the number of ids less one.
+  static constexpr int kCountShift = 61;
+  static constexpr std::uint64_t kCountMask = 7ull << kCountShift;
+  static_assert(kMaxLength < 32 && kIds <= 8);
+
+  struct Entry {
+    Key key;
+    std::uint32_t ids[kIds];
+  };
+
+  struct Free {
+    void operator()(Entry* entries) const { std::free(entries); }
+  };
+
+  static int count_of(const Key& key) {
+    return static_cast<int>(key.word[kWords - 1] >> kCountShift) + 1;
+  }
+
+  static bool same(const Key& stored, const Key& key) {
+    std::uint64_t different = (stored.word[kWords - 1] & ~kCountMask) ^ key.word[kWords - 1];
+    for (int i = 0; i + 1 < kWords; ++i) different |= stored.word[i] ^ key.word[i];
+    return different == 0;
+  }
+
+  std::size_t bucket_of(const Key& key) const {
+    std::uint64_t hash = 0;
+    for (const std::uint64_t word : key.word) hash = mix(hash, word);
+    return static_cast<std::size_t>((hash * 0xD6E8FEB86659FD93ull) >> shift_) * 2;
+  }
+
+  int shift_;
+  std::unique_ptr<Entry[], Free> entries_;
+};
+
+}  // namespace fastgpt
