@@ -16,31 +16,24 @@ from torch import Tensor
 from fastgpt_kernels import cpu
 from fastgpt_kernels._attention_kernels import bwd_dkv_kernel, bwd_dq_kernel, fwd_kernel
 from fastgpt_kernels._common import (
-    ARCHITECTURES,
     NAMESPACE,
     AotCase,
-    aot_case,
-    architecture,
+    aot_variants,
     cdiv,
     device_guard,
-    lookup_config,
+    launch_config,
     next_power_of_2,
     use_triton,
 )
 
 
 def _constants(
-    D: int, group: int, dtype: torch.dtype, arch: str,
-    causal: bool, windowed: bool, docs: bool, softcap: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """The constexprs the three kernels share."""
-    precision = "ieee"
-    if dtype == torch.float32 and not arch.startswith("gfx"):
-        precision = "tf32x3"  # three tensor-core products carry float32's 24 bits
+    D: int, group: int, *, causal: bool, windowed: bool, docs: bool, softcap: bool
+) -> dict[str, Any]:
+    """The constexprs the three kernels share; blocks and dot precision come from the table."""
     return {
         "GROUP": group, "HEAD_DIM": D, "BLOCK_D": max(next_power_of_2(D), 16),
         "CAUSAL": causal, "WINDOWED": windowed, "DOCS": docs, "SOFTCAP": softcap,
-        "PRECISION": precision,
     }  # fmt: skip
 
 
@@ -67,16 +60,16 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, base-2 log-sum-exp (B, H, T)); window 0 and softcap 0 are none."""
     B, H, T, D = q.shape
-    S, arch = k.shape[2], architecture(q.device)
+    HK, S = k.shape[1:3]
     out = _empty_like_bthd(q)
     lse = q.new_empty((B, H, T), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    config = lookup_config("attention_fwd", arch, q.dtype, D)
-    docs = doc_start is not None
+    config = launch_config("attention_fwd", q.device, q.dtype, D)
     constants = _constants(
-        D, H // k.shape[1], q.dtype, arch, causal, window > 0, docs, softcap > 0.0
-    )
+        D, H // HK, causal=causal, windowed=window > 0, docs=doc_start is not None,
+        softcap=softcap > 0.0,
+    )  # fmt: skip
     with device_guard(q):
         _launch(
             fwd_kernel, cdiv(T, config["BLOCK_M"]) * B * H,
@@ -94,27 +87,28 @@ def _attention_backward(
     """(dq, dk, dv) from the gradient of out; out and lse must be what the forward returned."""
     B, H, T, D = q.shape
     HK, S = k.shape[1:3]
-    arch = architecture(q.device)
     dq, dk, dv = _empty_like_bthd(q), _empty_like_bthd(k), _empty_like_bthd(v)
     delta = torch.empty_like(lse)
     doc_end = None
     if doc_start is not None:  # per key, how many queries have their first key at or before it
         keys = torch.arange(S, dtype=torch.int32, device=q.device).expand(B, S).contiguous()
         doc_end = torch.searchsorted(doc_start, keys, right=True, out_int32=True)
-    docs = doc_start is not None
-    constants = _constants(D, H // HK, q.dtype, arch, causal, window > 0, docs, softcap > 0.0)
+    constants = _constants(
+        D, H // HK, causal=causal, windowed=window > 0, docs=doc_start is not None,
+        softcap=softcap > 0.0,
+    )  # fmt: skip
     strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
     scalars = (H, T, S, window, scale, *_score_factors(scale, softcap))
     with device_guard(q):
         if dq.numel():
-            config = lookup_config("attention_bwd_dq", arch, q.dtype, D)
+            config = launch_config("attention_bwd_dq", q.device, q.dtype, D)
             _launch(
                 bwd_dq_kernel, cdiv(T, config["BLOCK_M"]) * B * H,
                 q, k, v, doc_start, out, grad, lse, delta, dq,
                 *strides, *scalars, **constants, **config,
             )  # fmt: skip
         if dk.numel():
-            config = lookup_config("attention_bwd_dkv", arch, q.dtype, D)
+            config = launch_config("attention_bwd_dkv", q.device, q.dtype, D)
             _launch(
                 bwd_dkv_kernel, cdiv(S, config["BLOCK_N"]) * B * HK,
                 q, k, v, doc_end, grad, lse, delta, dk, dv,
@@ -236,7 +230,7 @@ def _check(
 
 
 def aot_cases() -> list[AotCase]:
-    """What the static gate compiles: per kernel and chip the two usual cases, then variants."""
+    """What the static gate compiles: of each kernel the two usual cases first, then variants."""
     plain = {"causal": True, "windowed": False, "docs": False, "softcap": False}
     banded = {**plain, "windowed": True, "docs": True}
     variants = [
@@ -258,29 +252,26 @@ def aot_cases() -> list[AotCase]:
         "attention_bwd_dkv": bwd_dkv_kernel,
     }
     return [
-        _aot_case(name, kernel, arch, *variant)
-        for arch in ARCHITECTURES
+        case
         for name, kernel in kernels.items()
         for variant in variants
+        for case in _aot_variants(name, kernel, *variant)
     ]
 
 
-def _aot_case(
-    name: str, kernel: Any, arch: str, D: int, group: int, dtype: torch.dtype, mask: dict[str, bool]
-) -> AotCase:
+def _aot_variants(
+    name: str, kernel: Any, D: int, group: int, dtype: torch.dtype, mask: dict[str, bool]
+) -> list[AotCase]:
     element = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    config = lookup_config(name, arch, dtype, D)
-    constants = _constants(D, group, dtype, arch, **mask)
-    strides = [arg for arg in kernel.arg_names if arg.startswith("stride_")]
-    constants.update({arg: 1 for arg in strides if arg.endswith("d")})
-    types = dict.fromkeys(kernel.arg_names, "i32")
-    types.update({arg: f"*{element}" for arg in kernel.arg_names if arg.endswith("_ptr")})
+    arguments = kernel.arg_names
+    strides = tuple(arg for arg in arguments if arg.startswith("stride_"))
+    types = dict.fromkeys(arguments, "i32")
+    types.update({arg: f"*{element}" for arg in arguments if arg.endswith("_ptr")})
     types.update(lse_ptr="*fp32", delta_ptr="*fp32", doc_ptr="*i32", doc_end_ptr="*i32")
     types.update(scale="fp32", score_in="fp32", score_log2="fp32")
+    constants = _constants(D, group, **mask) | {arg: 1 for arg in strides if arg.endswith("d")}
     if not mask["docs"]:
-        constants.update(doc_ptr=None, doc_end_ptr=None)
+        constants |= {"doc_ptr": None, "doc_end_ptr": None}
     options = "+".join(switch for switch, on in mask.items() if on) or "full"
-    return aot_case(
-        f"{name}/d{D}-{element}-g{group}-{options}", kernel, types, constants, config,
-        aligned=tuple(strides), architectures=(arch,),
-    )  # fmt: skip
+    label = f"{name}/d{D}-{element}-g{group}-{options}"
+    return aot_variants(label, name, kernel, dtype, D, types, constants, strides)
