@@ -154,6 +154,8 @@ def _product(sizes: list[int]) -> int:
 
 
 _DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+AOT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Element types the static gate looks at; fp16 compiles to the same code as bf16."""
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
@@ -190,24 +192,25 @@ def launch_config(
 def lookup_config(kernel: str, arch: str, dtype: torch.dtype, bucket: int) -> dict[str, Any]:
     """Block sizes (upper case), ``num_warps``, ``num_stages`` and ``enable_fp_fusion`` of a kernel.
 
-    The table is ``{kernel: {architecture: {bucket: {dtype or "any": {...}}}}}``. The architecture
-    is the exact one, else ``sm_<major>0``, else ``default``; the bucket is the smallest one not
-    below ``bucket``, else the largest. The result is shared: copy it (``**config``) to change it.
+    The table is ``{kernel: {architecture: {bucket: {dtype or "any": {...}}}}}``. Entries of an
+    exact architecture go before those of ``sm_<major>0``, these before ``default``, bucket by
+    bucket; the bucket is the smallest one not below ``bucket``, else the largest. The result is
+    shared: copy it (``**config``) to change it.
 
     Raises:
-        KeyError: no entry for this dtype in any of these architectures.
+        KeyError: the kernel has no entry for this bucket and dtype.
     """
     table = _config_table()[kernel]
-    for candidate in dict.fromkeys((arch, arch[:-1] + "0", "default")):
-        buckets = sorted(int(name) for name in table.get(candidate, {}))
-        if not buckets:
-            continue
-        chosen = next((size for size in buckets if size >= bucket), buckets[-1])
-        entries = table[candidate][str(chosen)]
-        entry = entries.get(_DTYPE_NAMES.get(dtype, ""), entries.get("any"))
-        if entry is not None:
-            # Stated always: Triton is about to change the default.
-            return {"enable_fp_fusion": True, **entry}
+    buckets: dict[int, dict[str, Any]] = {}
+    for candidate in ("default", arch[:-1] + "0", arch):
+        for name, entries in table.get(candidate, {}).items():
+            buckets[int(name)] = {**buckets.get(int(name), {}), **entries}
+    chosen = min((size for size in buckets if size >= bucket), default=max(buckets, default=0))
+    entries = buckets.get(chosen, {})
+    entry = entries.get(_DTYPE_NAMES.get(dtype, ""), entries.get("any"))
+    if entry is not None:
+        # Stated always: Triton is about to change the default.
+        return {"enable_fp_fusion": True, **entry}
     raise KeyError(f"launch_configs.json has no entry for {kernel}, {arch}, {dtype}, {bucket}")
 
 
@@ -261,7 +264,7 @@ def aot_case(
     Args:
         name: see ``AotCase``.
         fn: the kernel.
-        types: Triton type of every runtime argument.
+        types: Triton type of every runtime argument (more may be given).
         constexprs: values of the constexprs that ``config`` does not hold, and of runtime
             arguments that specialisation turns into constants (a stride of 1).
         config: what ``lookup_config`` returned.
@@ -279,3 +282,40 @@ def aot_case(
     constants = {arg: values[arg] for arg in fn.arg_names if arg in values}
     options = config["num_warps"], config["num_stages"]
     return AotCase(name, fn, signature, constants, *options, attrs, architectures)
+
+
+def aot_variants(
+    name: str,
+    kernel: str,
+    fn: Any,
+    dtype: torch.dtype,
+    bucket: int,
+    types: dict[str, str],
+    constexprs: dict[str, Any],
+    aligned: tuple[str, ...] = (),
+) -> list[AotCase]:
+    """Cases of one kernel instance: one per distinct launch configuration of ``ARCHITECTURES``.
+
+    Args:
+        name: see ``AotCase``.
+        kernel: key of the launch table.
+        fn: the kernel.
+        dtype: what the table is asked for.
+        bucket: what the table is asked for.
+        types: see ``aot_case``, as the rest.
+        constexprs: see ``aot_case``.
+        aligned: see ``aot_case``.
+    """
+    cases: list[AotCase] = []
+    configs = [lookup_config(kernel, arch, dtype, bucket) for arch in ARCHITECTURES]
+    for index, config in enumerate(configs):
+        if config in configs[:index]:
+            continue
+        architectures = tuple(
+            arch for arch, other in zip(ARCHITECTURES, configs, strict=True) if other == config
+        )
+        case = aot_case(
+            name, fn, types, constexprs, config, aligned=aligned, architectures=architectures
+        )
+        cases.append(case)
+    return cases
