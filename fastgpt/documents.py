@@ -30,6 +30,7 @@ MAX_LINE_BYTES = 256 << 20
 PIECE_BYTES = 16 << 20  # a longer document comes in pieces of about this size
 SUFFIXES = (".txt", ".txt.gz", ".txt.xz", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 
+_BUFFER_BYTES = 1 << 18
 _BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -87,7 +88,7 @@ def read_documents(
         raise UsageError("no data given; name files or directories")
     files = [file for path in paths for file in _files_of(Path(path))]
     if any(file.name.lower().endswith(".parquet") for file in files):
-        _pyarrow_parquet(files)
+        _pyarrow(files)
     return Documents(files, text_key, on_error)
 
 
@@ -165,20 +166,20 @@ class Documents:
         self.stats.bad += 1
 
     def _read_text(self, path: Path, stream: BinaryIO) -> Iterator[Document]:
-        piece = _Piece(line=1, offset=0)
+        piece = _Piece(line=1)
         number = 0
         for number, offset, raw in _lines(path, stream):
             if raw.rstrip(b"\r\n") == SEPARATOR:
                 if document := self._from_piece(path, piece, last=True):
                     yield document
-                piece = _Piece(number + 1, offset + len(raw))
+                piece = _Piece(number + 1)
                 continue
             if piece.can_end_before(raw):
                 document = self._from_piece(path, piece, last=False)
-                piece = _Piece(number, offset, continued=piece.continued or document is not None)
+                piece = _Piece(number, continued=piece.continued or document is not None)
                 if document:
                     yield document
-            piece.add(raw)
+            piece.add(raw, offset)
         if number == 0:
             self._bad(f"{path}: the file is empty; remove it from the data")
         elif piece.size and (document := self._from_piece(path, piece, last=True)):
@@ -207,7 +208,7 @@ class Documents:
     def _read_jsonl(self, path: Path, stream: BinaryIO) -> Iterator[Document]:
         number = 0
         for number, offset, raw in _lines(path, stream):
-            if raw.isspace():
+            if not raw.strip():
                 continue
             try:
                 text = _json_text(raw, offset, self.text_key)
@@ -220,9 +221,9 @@ class Documents:
             self._bad(f"{path}: the file is empty; remove it from the data")
 
     def _read_parquet(self, path: Path, raw: BinaryIO) -> Iterator[Document]:
-        parquet = _pyarrow_parquet([path])
+        pyarrow = _pyarrow([path])
         try:
-            table = parquet.ParquetFile(raw)
+            table = pyarrow.parquet.ParquetFile(raw)
             if self.text_key not in table.schema_arrow.names:
                 columns = ", ".join(table.schema_arrow.names[:8])
                 self._bad(f"{path}: no column {self.text_key!r} (it has {columns}); set text_key")
@@ -235,7 +236,7 @@ class Documents:
                         yield document
             if row == 0:
                 self._bad(f"{path}: the file has no rows; remove it from the data")
-        except parquet.lib.ArrowException as error:
+        except pyarrow.ArrowException as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"{path}: not a sound Parquet file: {reason}; replace it") from error
 
@@ -254,23 +255,25 @@ class Documents:
     def _document(
         self, text: str, path: Path, line: int, continued: bool = False
     ) -> Document | None:
-        if not text or text.isspace():
-            self.stats.empty += 1
+        if not text or (text.isspace() and not continued):
+            self.stats.empty += not continued
             return None
         return Document(text, str(path), line, continued)
 
 
 class _Piece:
-    """The lines of a document, or of a part of it, that began at ``line`` and byte ``offset``."""
+    """The lines of a document, or of a part of it, from ``line`` and byte ``offset`` on."""
 
-    def __init__(self, line: int, offset: int, continued: bool = False):
+    def __init__(self, line: int, continued: bool = False):
         self.line = line
-        self.offset = offset
+        self.offset = 0
         self.continued = continued
         self.parts: list[bytes] = []
         self.size = 0
 
-    def add(self, raw: bytes) -> None:
+    def add(self, raw: bytes, offset: int) -> None:
+        if not self.parts:
+            self.offset = offset
         self.parts.append(raw)
         self.size += len(raw)
 
@@ -304,9 +307,10 @@ def _files_of(path: Path) -> list[Path]:
     return [path]
 
 
-def _pyarrow_parquet(files: Sequence[Path]) -> Any:
+def _pyarrow(files: Sequence[Path]) -> Any:
     try:
-        return importlib.import_module("pyarrow.parquet")
+        importlib.import_module("pyarrow.parquet")
+        return importlib.import_module("pyarrow")
     except ImportError as error:
         file = next(file for file in files if file.name.lower().endswith(".parquet"))
         hint = "pip install 'fastgpt-trainer[data]'"
@@ -315,9 +319,9 @@ def _pyarrow_parquet(files: Sequence[Path]) -> Any:
 
 def _decompressed(raw: BinaryIO, name: str) -> BinaryIO:
     if name.endswith(".gz"):
-        return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20))
+        return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER_BYTES))
     if name.endswith(".xz"):
-        return cast(BinaryIO, io.BufferedReader(lzma.LZMAFile(raw), 1 << 20))
+        return cast(BinaryIO, io.BufferedReader(lzma.LZMAFile(raw), _BUFFER_BYTES))
     return raw
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUNDS = 8
-_MIN_BITS = 4
+_MIN_BITS = 6  # with 4, some orders of five came 10 % more often than others
 
 
 def mix64(x: np.ndarray | int) -> np.ndarray:
@@ -29,8 +29,8 @@ def permute(index: np.ndarray | int, n: int, seed: np.ndarray | int) -> np.ndarr
     """Map each ``index`` in [0, n) to its place under the permutation of [0, n) of ``seed``.
 
     A bijection for every n and seed, in O(1) memory: a Feistel network over the smallest power of
-    two that holds n (at least 16), walked along its cycle until the value lands below n, which
-    takes fewer than two rounds on average for n > 8. Source: Black and Rogaway, "Ciphers with
+    two that holds n (at least 64), walked along its cycle until the value lands below n, which
+    takes fewer than two rounds on average for n > 32. Source: Black and Rogaway, "Ciphers with
     arbitrary finite domains" (CT-RSA 2002), method 2. Good for shuffling, of no cryptographic
     worth.
 

@@ -352,7 +352,7 @@ def _note_path(path: Path) -> Path:
 
 
 def _note(stat: os.stat_result, header: bytes) -> dict:
-    crc = zlib.crc32(header)
+    (crc,) = _CRC.unpack(header[-_CRC.size :])
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "header_crc": crc}
 
 
