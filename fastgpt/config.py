@@ -1,0 +1,246 @@
+"""Every option of every part as a frozen dataclass, without importing torch.
+
+They live in one file, and not in the files that use them, for one reason: ``--help`` and ``--dry-run``
+must answer at once, and a file that defines an ``nn.Module`` cannot be read without loading torch.
+Doc strings below the fields are what ``--help`` prints.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fastgpt.errors import UsageError
+
+
+MAX_PARAMS = 10**13
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a decoder-only transformer; `fastgpt.presets` names the published ones."""
+
+    n_layer: int = 6
+    n_head: int = 6
+    n_kv_head: int | None = None
+    """Key/value heads (grouped-query attention); default n_head."""
+    n_embd: int = 384
+    head_dim: int | None = None
+    """Default n_embd / n_head."""
+    d_ff: int | None = None
+    """Hidden width of the MLP; default 4 n_embd."""
+    vocab_size: int = 50257
+    context: int = 1024
+    """Longest sequence; learned positions have this many rows."""
+    norm: Literal["layer_norm", "rms_norm"] = "rms_norm"
+    norm_weight: bool = True
+    """Learned gain (and bias, with ``bias``) in the norms."""
+    norm_eps: float = 1e-5
+    mlp: Literal["gelu", "gelu_tanh", "relu_squared", "swiglu"] = "relu_squared"
+    position: Literal["learned", "rotary"] = "rotary"
+    rope_theta: float = 10000.0
+    bias: bool = False
+    tied: bool = True
+    """The output projection is the token embedding."""
+    parallel: bool = False
+    """Attention and MLP read the same normed input and are added together (PaLM)."""
+    qk_norm: bool = False
+    logit_softcap: float | None = None
+    window: int | None = None
+    """Sliding window of every second layer (GPT-3's locally banded attention); None: all dense."""
+    embed_norm: bool = False
+    """Normalise the token embedding before the first block."""
+    init: Literal["gpt2", "zero_proj"] = "gpt2"
+    """Residual projections: N(0, 0.02 / sqrt(2 n_layer)), or zero."""
+
+    def check(self) -> None:
+        """Raise UsageError for a shape that no model can have."""
+        for name in ("n_layer", "n_head", "n_embd", "vocab_size", "context", "attn_dim", "kv_heads"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"model: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise UsageError(
+                f"model: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; "
+                "change one of them or set head_dim"
+            )
+        if self.n_head % self.kv_heads:
+            raise UsageError(
+                f"model: n_head {self.n_head} is not a multiple of n_kv_head {self.kv_heads}"
+            )
+        if self.position == "rotary" and self.attn_dim % 2:
+            raise UsageError(f"model: rotary positions need an even head_dim, not {self.attn_dim}")
+        if self.n_params() > MAX_PARAMS:
+            raise UsageError(f"model: {self.n_params():,} parameters; is one of the sizes a typo?")
+
+    @property
+    def attn_dim(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def ff_dim(self) -> int:
+        """Hidden width of the MLP."""
+        return self.d_ff or 4 * self.n_embd
+
+    def n_params(self) -> int:
+        """Number of trainable parameters, by arithmetic (a test holds it against the module)."""
+        C, H, K, D, F = self.n_embd, self.n_head, self.kv_heads, self.attn_dim, self.ff_dim
+        attention = C * (H + 2 * K) * D + H * D * C
+        mlp = (3 if self.mlp == "swiglu" else 2) * C * F
+        bias = (H + 2 * K) * D + C + F + C if self.bias else 0
+        norm = C * (1 + (self.bias and self.norm == "layer_norm")) if self.norm_weight else 0
+        norms_per_layer = 1 if self.parallel else 2
+        qk = 2 * D if self.qk_norm and self.norm_weight else 0
+        layer = attention + mlp + bias + norms_per_layer * norm + qk
+        total = self.n_layer * layer + norm + self.vocab_size * C * (1 if self.tied else 2)
+        if self.embed_norm:
+            total += norm
+        return total + (self.context * C if self.position == "learned" else 0)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Training FLOPs (forward + backward) a token: 6 N_matmul + 12 L H D T (PaLM, appendix B)."""
+        C, D = self.n_embd, self.attn_dim
+        per_layer = C * (self.n_head + 2 * self.kv_heads) * D + self.n_head * D * C
+        per_layer += (3 if self.mlp == "swiglu" else 2) * C * self.ff_dim
+        matmul = self.n_layer * per_layer + self.vocab_size * C
+        return 6.0 * matmul + 12.0 * self.n_layer * self.n_head * D * seq_len
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule."""
+
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon: Muon for hidden matrices, AdamW for the rest."""
+    lr: float = 3e-3
+    """Peak learning rate of AdamW."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon (RMS-matched: arXiv:2502.16982)."""
+    min_lr: float = 0.0
+    """Fraction of the peak reached at the end."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled; matrices only."""
+    muon_momentum: float = 0.95
+    schedule: Literal["cosine", "wsd", "linear"] = "wsd"
+    warmup: float = 0.02
+    """Fraction of the steps, or a number of steps when at least 1."""
+    decay: float = 0.4
+    """wsd: fraction of the steps spent going down."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 leaves gradients as they are."""
+
+    def warmup_steps(self, steps: int) -> int:
+        """Number of warm-up steps of a run of ``steps``."""
+        return int(self.warmup) if self.warmup >= 1 else math.ceil(self.warmup * steps)
+
+    def multiplier(self, step: int, steps: int) -> float:
+        """Learning rate at ``step`` (0-based) of ``steps`` as a fraction of its peak."""
+        warm = self.warmup_steps(steps)
+        if step < warm:
+            return (step + 1) / warm
+        done = (step - warm) / max(1, steps - warm)
+        if self.schedule == "cosine":
+            shape = 0.5 * (1.0 + math.cos(math.pi * done))
+        elif self.schedule == "linear":
+            shape = 1.0 - done
+        else:
+            shape = min(1.0, (1.0 - done) / self.decay) if self.decay > 0 else 1.0
+        return self.min_lr + (1.0 - self.min_lr) * shape
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on, and how text becomes ids."""
+
+    data: tuple[Path, ...] = ()
+    """Files or directories (.txt, .jsonl, .parquet, also .gz or .xz); default: the embedded text."""
+    text_key: str = "text"
+    """Key of the text in .jsonl and .parquet files."""
+    on_bad_data: Literal["error", "skip"] = "error"
+    """A record that cannot be read ends the run, or is counted and left out."""
+    val_fraction: float = 0.05
+    """Part of the tokens held out for validation."""
+    mask_documents: bool = False
+    """Keep attention and loss inside a document."""
+    tokenizer: Path | None = None
+    """A tokenizer.json or a sentencepiece .model; default: train one on the data."""
+    tokenizer_kind: Literal["bpe", "sentencepiece"] = "bpe"
+    """What to train: byte-level BPE (GPT), or sentencepiece with byte fallback (LLaMA)."""
+    pattern: Literal["gpt2", "gpt4"] = "gpt4"
+    """How byte-level BPE splits text into words."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    out: Path | None = None
+    """Run directory; default runs/<stage>-<preset>."""
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    batch_tokens: int = 65536
+    """Tokens of one optimizer step, over all processes."""
+    seq_len: int | None = None
+    """Tokens of one sequence; default: the model's context."""
+    micro_batch: int | None = None
+    """Sequences of one forward pass; default: what 16k tokens (GPU) or 8k tokens (CPU) hold."""
+    eval_every: int = 100
+    """Steps between evaluations; 0: only at the end."""
+    eval_tokens: int = 262144
+    """Validation tokens of one evaluation; 0: all."""
+    save_every: int = 500
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: int = 2
+    """Checkpoints kept; 0: all."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    seed: int = 1337
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of activations; weights are float32. auto: bfloat16 where the hardware has it."""
+    device: str = "auto"
+    compile: bool = True
+    """Compile the blocks with Inductor."""
+    skip_budget: int = 10
+    """Steps in a row with a loss or gradient that is not finite, before the run ends."""
+    sample_tokens: int = 96
+    """Length of the continuations printed at the end."""
+
+    def check(self) -> None:
+        """Raise UsageError for values no run can have."""
+        least = {"steps": 1, "batch_tokens": 1, "log_every": 1, "skip_budget": 1}
+        least |= dict.fromkeys(("eval_every", "eval_tokens", "save_every", "keep_last"), 0)
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} {getattr(self, name)}: it must be at least {bound}")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Train a base model: the next token of a text."""
+
+    preset: str = "auto"
+    """A named model with its recipe (see fastgpt.presets); flags override it."""
+    config: Path | None = None
+    """A TOML file with any of these options, as in a run's config.toml."""
+    resume: Path | None = None
+    """Go on with this run; everything else comes from it."""
+    stop_at: int | None = None
+    """Save and end at this step as if preempted; the schedule stays that of --steps."""
+    dry_run: bool = False
+    """Print parameters, memory, tokens, disk and time, and exit."""
+    debug: bool = False
+    """Show the traceback of an error."""
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()

@@ -1,0 +1,249 @@
+"""One decoder-only transformer for GPT-2, GPT-3, LLaMA, PaLM and our own recipe.
+
+Shape suffixes: B sequences, T new tokens, S keys (cached and new), C n_embd, H query heads,
+K key/value heads, D width of a head, V vocabulary.
+
+Precision is explicit: parameters are float32, activations have ``GPT.compute_dtype``, and each `Linear`
+casts its weight on use. Norm statistics, softmax and losses are float32 inside the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt.config import ModelConfig
+from fastgpt_kernels import attention, cpu, layer_norm, rms_norm
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class Linear(nn.Linear):
+    """A linear layer whose float32 weight is cast to the activations' dtype on use."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        if not input.is_cuda:
+            return cpu.linear(input, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last dimension, with or without learned gain and bias."""
+
+    def __init__(self, width: int, config: ModelConfig):
+        super().__init__()
+        self.shape, self.kind, self.eps = (width,), config.norm, config.norm_eps
+        self.weight = nn.Parameter(torch.ones(width)) if config.norm_weight else None
+        with_bias = config.norm_weight and config.bias and config.norm == "layer_norm"
+        self.bias = nn.Parameter(torch.zeros(width)) if with_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        if self.kind == "layer_norm":
+            return layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+        return rms_norm(x, self.shape, self.weight, self.eps)
+
+
+class KVCache:
+    """Keys and values of the tokens so far, preallocated; each call of the model appends to it.
+
+    ``start_B`` is the first real position of a row: prompts of different length are padded on the left.
+    """
+
+    def __init__(self, model: GPT, batch_size: int, capacity: int, start_B: Tensor):
+        config, device = model.config, model.wte.weight.device
+        shape = (config.n_layer, batch_size, config.kv_heads, capacity, config.attn_dim)
+        self.keys = torch.zeros(shape, dtype=model.compute_dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.start_B = start_B
+        self.length = 0
+
+    def append(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values of ``layer``; return all of them, (B, K, S, D)."""
+        end = self.length + k_BKTD.shape[2]
+        self.keys[layer, :, :, self.length : end] = k_BKTD
+        self.values[layer, :, :, self.length : end] = v_BKTD
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+@dataclass
+class Context:
+    """What all blocks of one forward pass share."""
+
+    rotary: Rotary | None
+    doc_start_BT: Tensor | None
+    cache: KVCache | None
+
+
+def rotate(x_BHTD: Tensor, rotary: Rotary) -> Tensor:
+    """Rotary position embedding, half-split layout (Su et al. 2021, arXiv:2104.09864)."""
+    cos, sin = rotary
+    a, b = x_BHTD.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTD.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped-query heads."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.attn_dim
+        self.sizes = [heads * config.attn_dim for heads in (config.n_head, *[config.kv_heads] * 2)]
+        self.qkv = Linear(config.n_embd, sum(self.sizes), bias=config.bias)
+        self.proj = Linear(self.sizes[0], config.n_embd, bias=config.bias)
+        self.window = config.window if layer % 2 else None
+        self.q_norm = Norm(config.attn_dim, config) if config.qk_norm else nn.Identity()
+        self.k_norm = Norm(config.attn_dim, config) if config.qk_norm else nn.Identity()
+
+    def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for part in self.qkv(x_BTC).split(self.sizes, dim=-1)
+        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        if context.rotary is not None:
+            q, k = rotate(q, context.rotary), rotate(k, context.rotary)
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v)
+        out_BHTD = attention(
+            q, k, v, causal=True, window=self.window, doc_start=context.doc_start_BT
+        )
+        return self.proj(out_BHTD.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Feed-forward network: GELU, squared ReLU (arXiv:2109.08668) or SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.kind = config.mlp
+        self.up = Linear(config.n_embd, config.ff_dim, bias=config.bias)
+        self.down = Linear(config.ff_dim, config.n_embd, bias=config.bias)
+        gated = self.kind == "swiglu"
+        self.gate = Linear(config.n_embd, config.ff_dim, bias=config.bias) if gated else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        h = self.up(x)
+        if self.gate is not None:
+            h = F.silu(self.gate(x)) * h
+        elif self.kind == "relu_squared":
+            h = F.relu(h).square()
+        elif self.kind == "gelu_tanh" and not h.is_cuda:
+            h = cpu.gelu_tanh(h)
+        else:
+            h = F.gelu(h, approximate="tanh" if self.kind == "gelu_tanh" else "none")
+        return self.down(h)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; with ``parallel``, one norm feeds attention and MLP (PaLM)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attn_norm = Norm(config.n_embd, config)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = None if config.parallel else Norm(config.n_embd, config)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        h = self.attn_norm(x_BTC)
+        if self.mlp_norm is None:
+            return x_BTC + self.attn(h, context) + self.mlp(h)
+        x_BTC = x_BTC + self.attn(h, context)
+        return x_BTC + self.mlp(self.mlp_norm(x_BTC))
+
+
+class GPT(nn.Module):
+    """Token ids (B, T) -> final hidden states (B, T, C).
+
+    The loss functions multiply by `head_weight` themselves (`linear_cross_entropy`), so that logits of
+    all positions never exist at once; `logits` is for generation.
+    """
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        config.check()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        learned = config.position == "learned"
+        self.wpe = nn.Embedding(config.context, config.n_embd) if learned else None
+        self.embed_norm = Norm(config.n_embd, config) if config.embed_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = Norm(config.n_embd, config)
+        self.head = None if config.tied else Linear(config.n_embd, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the output projection, (V, C), float32."""
+        return self.wte.weight if self.head is None else self.head.weight
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """N(0, 0.02); residual projections N(0, 0.02 / sqrt(2 n_layer)) as GPT-2, or zero."""
+        for name, parameter in self.named_parameters():
+            if name.endswith(("proj.weight", "down.weight")):
+                if self.config.init == "zero_proj":
+                    nn.init.zeros_(parameter)
+                else:
+                    nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self, tokens_BT: Tensor, *, doc_start: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Final hidden states.
+
+        Args:
+            tokens_BT: int64 ids.
+            doc_start: int32 (B, T), the first position each token may attend to; None: 0.
+            cache: appended to; the tokens then follow those in it.
+
+        Returns:
+            (B, T, C) in the compute dtype.
+        """
+        B, T = tokens_BT.shape
+        first = 0 if cache is None else cache.length
+        positions = torch.arange(first, first + T, device=tokens_BT.device)
+        if cache is not None:
+            doc_start = cache.start_B[:, None].expand(B, T).to(torch.int32)
+            positions = (positions - cache.start_B[:, None]).clamp_min(0)
+        x_BTC = self.wte(tokens_BT)
+        if self.wpe is not None:
+            x_BTC = x_BTC + self.wpe(positions)
+        x_BTC = self.embed_norm(x_BTC.to(self.compute_dtype))
+        context = Context(self._rotary(positions), doc_start, cache)
+        for block in self.blocks:
+            x_BTC = block(x_BTC, context)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x_BTC)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> float32 (..., V)."""
+        logits = F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _rotary(self, positions: Tensor) -> Rotary | None:
+        """Cosine and sine at ``positions`` (T) or (B, T): (T, D/2) or (B, 1, T, D/2), float32."""
+        if self.config.position != "rotary":
+            return None
+        D = self.config.attn_dim
+        exponent = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D
+        angles = positions[..., None].float() * self.config.rope_theta**-exponent
+        if positions.dim() == 2:
+            angles = angles[:, None]
+        return angles.cos(), angles.sin()

@@ -1,0 +1,338 @@
+"""The CPU paths: plain PyTorch arranged so that a CPU with fast bfloat16 matrix units is kept busy.
+
+`attention` keeps PyTorch's fused forward and replaces its backward. The backward recomputes the
+probabilities from the saved log-sum-exp as batched matrix products (Dao 2023, "FlashAttention-2",
+section 3.1, without tiling): five GEMMs and one fused elementwise pass are about twice as fast as
+PyTorch's own fused CPU backward when the T x S scores fit in memory.
+
+`linear_cross_entropy_chunk` turns a chunk of logits into the loss and into a matrix `e_NV` from which
+both gradients follow by GEMM. With p = softmax(logits) the gradient of a row is ``p - onehot``; instead
+of a third pass that normalises, ``e = exp(logits - max)`` is stored, its target entry is set to
+``e_t - sum(e)``, and ``1 / sum(e)`` is folded into the narrow operands of the two GEMMs. One pass with
+one exponential per logit, and the small difference ``p_t - 1`` is formed in float32, so it keeps its
+relative accuracy when p_t approaches 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Above this many scores PyTorch's own backward, which never stores them, is used.
+MAX_STORED_SCORES = 1 << 26
+
+# exp() of less is a denormal number, which costs a CPU about five times a normal one.
+LOG_TINY = -80.0
+
+
+@functools.cache
+def _can_compile() -> bool:
+    if shutil.which("g++") or shutil.which("clang++") or shutil.which("c++"):
+        return True
+    warnings.warn(
+        "no C++ compiler found: the CPU paths of fastgpt_kernels run uncompiled, several times "
+        "slower; install g++ or clang",
+        stacklevel=3,
+    )
+    return False
+
+
+def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile ``fn`` with Inductor at its first eager call; a compiled caller inlines it."""
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(fn)  # not at import: it loads the whole compiler
+
+    @functools.wraps(fn)
+    def run(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _can_compile():
+            return fn(*args)
+        return compiled()(*args)
+
+    return run
+
+
+def visibility(
+    T: int,
+    S: int,
+    *,
+    causal: bool,
+    window: int | None,
+    doc_start_BT: Tensor | None,
+    device: torch.device,
+) -> Tensor | None:
+    """Which keys a query sees, bool (T, S) or (B, 1, T, S); None when all do."""
+    if not causal and window is None and doc_start_BT is None:
+        return None
+    query_T1 = torch.arange(S - T, S, device=device).unsqueeze(1)
+    key_S = torch.arange(S, device=device)
+    seen = torch.ones(T, S, dtype=torch.bool, device=device)
+    if causal:
+        seen = key_S <= query_T1
+    if window is not None:
+        seen = seen & (key_S > query_T1 - window)
+    if doc_start_BT is not None:
+        seen = seen & (key_S >= doc_start_BT[:, None, :, None])
+    return seen
+
+
+def _probabilities_and_dscores(
+    scores: Tensor, dprobs: Tensor, lse: Tensor, delta: Tensor, seen: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    probs = torch.where(seen, torch.exp((scores.float() * scale - lse).clamp_min(LOG_TINY)), 0.0)
+    dscores = probs * (dprobs.float() - delta) * scale
+    return probs.to(scores.dtype), dscores.to(scores.dtype)
+
+
+_fused_dscores = fused(_probabilities_and_dscores)
+
+
+def _flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    if mask is not None:
+        mask = torch.where(mask, 0.0, float("-inf")).to(q.dtype)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale
+    )
+
+
+class _SelfAttention(torch.autograd.Function):
+    """Causal self-attention whose backward is five batched GEMMs (see the module's docstring)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale):  # pyright: ignore[reportIncompatibleMethodOverride]
+        out, lse = _flash_forward(q, k, v, mask, scale)
+        ctx.save_for_backward(q, k, v, out, lse, mask)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, out, lse, mask = ctx.saved_tensors
+        delta = (out.float() * grad.float()).sum(-1, keepdim=True)
+        scores = q @ k.transpose(-1, -2)
+        dprobs = grad @ v.transpose(-1, -2)
+        if mask is None:
+            T = q.shape[2]
+            mask = visibility(T, T, causal=True, window=None, doc_start_BT=None, device=q.device)
+        probs, dscores = _fused_dscores(
+            scores, dprobs, lse.unsqueeze(-1), delta, mask, ctx.scale
+        )
+        dq = dscores @ k
+        dk = dscores.transpose(-1, -2) @ q
+        dv = probs.transpose(-1, -2) @ grad
+        return dq, dk, dv, None, None
+
+
+def _plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if seen is None:
+        return torch.softmax(scores, -1).to(q.dtype) @ v
+    probs = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1)
+    # A row that sees nothing is 0/0: its output and gradients are defined as 0.
+    return torch.where(seen, probs, 0.0).to(q.dtype) @ v
+
+
+def attention(
+    q_BHTD: Tensor,
+    k_BHSD: Tensor,
+    v_BHSD: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    doc_start: Tensor | None = None,
+) -> Tensor:
+    """The contract of `fastgpt_kernels.attention`, on a CPU. Differentiable, any float dtype."""
+    B, H, T, D = q_BHTD.shape
+    S, groups = k_BHSD.shape[2], H // k_BHSD.shape[1]
+    scale = D**-0.5 if scale is None else scale
+    if groups > 1:
+        k_BHSD = k_BHSD.repeat_interleave(groups, dim=1)
+        v_BHSD = v_BHSD.repeat_interleave(groups, dim=1)
+    masked = window is not None or doc_start is not None
+    training = q_BHTD.requires_grad or k_BHSD.requires_grad or v_BHSD.requires_grad
+    seen = None
+    if masked or (causal and T != S):
+        seen = visibility(
+            T, S, causal=causal, window=window, doc_start_BT=doc_start, device=q_BHTD.device
+        )
+    if softcap is not None or (seen is not None and not (causal and T == S)):
+        if seen is None and causal:
+            seen = visibility(T, S, causal=True, window=None, doc_start_BT=None, device=q_BHTD.device)
+        return _plain_attention(q_BHTD, k_BHSD, v_BHSD, seen, scale, softcap)
+    if causal and training and B * H * T * T <= MAX_STORED_SCORES:
+        return _SelfAttention.apply(q_BHTD, k_BHSD, v_BHSD, seen, scale)
+    return F.scaled_dot_product_attention(
+        q_BHTD, k_BHSD, v_BHSD, attn_mask=seen, is_causal=causal and seen is None, scale=scale
+    )
+
+
+def _exp_and_sum(logits_NV: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    x = logits_NV.float()
+    if softcap is None:
+        top = x.amax(-1, keepdim=True)
+        e = torch.exp((x - top).clamp_min(LOG_TINY))
+        return e.to(logits_NV.dtype), top, e.sum(-1, keepdim=True)
+    t = torch.tanh(x * (1.0 / softcap))
+    top = softcap * t.amax(-1, keepdim=True)
+    e = torch.exp((softcap * t - top).clamp_min(LOG_TINY))
+    return (e * (1.0 - t * t)).to(logits_NV.dtype), top, e.sum(-1, keepdim=True)
+
+
+_fused_exp_and_sum = fused(_exp_and_sum)
+
+
+class _Linear(torch.autograd.Function):
+    """``F.linear`` with a float32 master weight, and the weight gradient in the fast GEMM layout.
+
+    oneDNN multiplies ``dy.t() @ x`` at half the speed it reaches when the transposed operand is stored
+    transposed; copying the narrower of the two costs less than it saves.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):  # pyright: ignore[reportIncompatibleMethodOverride]
+        w = weight.to(x.dtype)
+        ctx.save_for_backward(x, w)
+        ctx.grad_dtypes = weight.dtype, None if bias is None else bias.dtype
+        return F.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, w = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.grad_dtypes
+        dx = grad @ w
+        x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+        if w.shape[0] >= w.shape[1]:
+            dw = (x.t().contiguous() @ grad).t()
+        else:
+            dw = grad.t().contiguous() @ x
+        db = None if bias_dtype is None else grad.float().sum(0).to(bias_dtype)
+        return dx, dw.to(weight_dtype, memory_format=torch.contiguous_format), db
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear(x, weight.to(x.dtype), bias)``; the gradient of ``weight`` has its own dtype."""
+    return _Linear.apply(x, weight, bias)
+
+
+class _GELUTanh(torch.autograd.Function):
+    """GELU, tanh approximation, written with one sigmoid: tanh(u) = 2 sigmoid(2u) - 1."""
+
+    @staticmethod
+    def forward(ctx, x):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(x)
+        xf = x.float()
+        return (xf * torch.sigmoid(xf * (GELU_A + GELU_B * xf * xf))).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        xf = x.float()
+        s = torch.sigmoid(xf * (GELU_A + GELU_B * xf * xf))
+        slope = s + xf * s * (1.0 - s) * (GELU_A + 3.0 * GELU_B * xf * xf)
+        return (grad.float() * slope).to(x.dtype)
+
+
+GELU_A = 2.0 * (2.0 / 3.141592653589793) ** 0.5
+GELU_B = GELU_A * 0.044715
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """``F.gelu(x, approximate="tanh")`` with half the transcendental functions (arXiv:1606.08415)."""
+    return _GELUTanh.apply(x)
+
+
+# Rows of logits held at once: a GEMM wants many rows, the cache and the memory bound want few.
+MAX_LOGITS_BYTES = 1 << 28
+
+
+def rows_per_chunk(n_rows: int, vocab_size: int, itemsize: int) -> int:
+    """Rows of logits computed at once; equal chunks, so that few shapes are compiled."""
+    limit = max(1, MAX_LOGITS_BYTES // (vocab_size * itemsize))
+    n_chunks = -(-n_rows // limit)
+    return -(-n_rows // max(1, n_chunks))
+
+
+def linear_cross_entropy_gradients(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    row_weight_N: Tensor,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Losses and gradients of ``sum_n row_weight[n] * loss[n]`` in one pass over the logits.
+
+    Args:
+        hidden_ND: activations, float32 or bfloat16.
+        weight_VD: output projection in the same dtype.
+        targets_N: int64 class ids; ignored rows hold any valid id and have a row weight of 0.
+        row_weight_N: float32.
+        z_loss: coefficient of ``lse**2``.
+        softcap: logits are ``softcap * tanh(x / softcap)``.
+
+    Returns:
+        loss_N: float32, unweighted, 0 where the row weight is 0.
+        dhidden_ND: in ``hidden``'s dtype.
+        dweight parts: list of (V, D), one a chunk of rows; their sum is the gradient.
+    """
+    N = hidden_ND.shape[0]
+    loss_N = torch.empty(N, dtype=torch.float32)
+    coef_N = torch.empty(N, dtype=torch.float32)
+    dhidden_ND = torch.empty_like(hidden_ND)
+    parts: list[Tensor] = []
+    step = rows_per_chunk(N, weight_VD.shape[0], hidden_ND.element_size())
+    for start in range(0, N, step):
+        rows = slice(start, start + step)
+        h, t = hidden_ND[rows], targets_N[rows, None]
+        logits = h @ weight_VD.t()
+        picked = logits.gather(1, t).float()
+        e, top, total = _fused_exp_and_sum(logits, softcap)
+        del logits
+        e[torch.arange(len(t)), t.squeeze(1)] = 0  # scatter_ would copy all of e
+        loss_N[rows], coef, pull = _row_terms(
+            picked, top, total, row_weight_N[rows, None], z_loss, softcap
+        )
+        coef_N[rows] = coef.squeeze(1)
+        dhidden_ND[rows] = (e @ weight_VD) * pull + coef * weight_VD[targets_N[rows]]
+        parts.append(((h * pull).to(e.dtype).t().contiguous() @ e).t())
+    return loss_N, dhidden_ND, parts, coef_N
+
+
+def _row_terms(picked, top, total, row_weight, z_loss, softcap):
+    slope = 1.0
+    if softcap is not None:
+        tanh = torch.tanh(picked / softcap)
+        picked, slope = softcap * tanh, 1.0 - tanh * tanh
+    lse = top + total.log()
+    # d(loss)/d(logit) = p * (1 + 2 z lse) - onehot
+    growth = 1.0 + 2.0 * z_loss * lse
+    coef = (torch.exp(picked - lse) * growth - 1.0) * slope * row_weight
+    loss = lse - picked + z_loss * lse * lse
+    return torch.where(row_weight == 0, 0.0, loss).squeeze(1), coef, growth / total * row_weight
+
+
+def _sum_parts(parts: list[Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return (total * scale).to(dtype, memory_format=torch.contiguous_format)
+
+
+sum_parts = fused(_sum_parts)
