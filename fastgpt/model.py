@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt.config import ModelConfig
-from fastgpt_kernels import attention, cpu, layer_norm, rms_norm
+from fastgpt_kernels import cpu
+from fastgpt_kernels.attention import attention
+from fastgpt_kernels.normalization import layer_norm, rms_norm
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -27,8 +29,6 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if not input.is_cuda:
-            return cpu.linear(input, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)
 

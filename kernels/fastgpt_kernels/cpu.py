@@ -197,39 +197,6 @@ def _exp_and_sum(logits_NV: Tensor, softcap: float | None) -> tuple[Tensor, Tens
 _fused_exp_and_sum = fused(_exp_and_sum)
 
 
-class _Linear(torch.autograd.Function):
-    """``F.linear`` with a float32 master weight, and the weight gradient in the fast GEMM layout.
-
-    oneDNN multiplies ``dy.t() @ x`` at half the speed it reaches when the transposed operand is stored
-    transposed; copying the narrower of the two costs less than it saves.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):  # pyright: ignore[reportIncompatibleMethodOverride]
-        w = weight.to(x.dtype)
-        ctx.save_for_backward(x, w)
-        ctx.grad_dtypes = weight.dtype, None if bias is None else bias.dtype
-        return F.linear(x, w, None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, w = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.grad_dtypes
-        dx = grad @ w
-        x, grad = x.flatten(0, -2), grad.flatten(0, -2)
-        if w.shape[0] >= w.shape[1]:
-            dw = (x.t().contiguous() @ grad).t()
-        else:
-            dw = grad.t().contiguous() @ x
-        db = None if bias_dtype is None else grad.float().sum(0).to(bias_dtype)
-        return dx, dw.to(weight_dtype, memory_format=torch.contiguous_format), db
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear(x, weight.to(x.dtype), bias)``; the gradient of ``weight`` has its own dtype."""
-    return _Linear.apply(x, weight, bias)
-
-
 class _GELUTanh(torch.autograd.Function):
     """GELU, tanh approximation, written with one sigmoid: tanh(u) = 2 sigmoid(2u) - 1."""
 

@@ -1,0 +1,39 @@
+"""Validation loss in nats per token and in bits per byte of text, which no tokenizer can improve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from fastgpt.data import IGNORE_INDEX, MicroBatch, bytes_of
+from fastgpt.distributed import World
+from fastgpt.model import GPT
+from fastgpt.trainer import LossFn
+
+
+@torch.no_grad()
+def evaluate_loss(
+    model: GPT,
+    batches: Iterable[MicroBatch],
+    loss_fn: LossFn,
+    bytes_per_id: np.ndarray,
+    world: World,
+) -> dict[str, float]:
+    """Loss over all targets of ``batches`` (this process's share).
+
+    Returns:
+        ``val_loss`` in nats per token and ``val_bpb`` in bits per byte of UTF-8 text.
+    """
+    loss, tokens, text_bytes = torch.zeros((), device=world.device), 0, 0
+    for batch in batches:
+        targets = batch["targets_BT"]
+        count = int((targets != IGNORE_INDEX).sum())
+        if count:
+            loss += loss_fn(model, {k: v.to(world.device) for k, v in batch.items()})
+        tokens += count
+        text_bytes += bytes_of(targets, bytes_per_id)
+    total, tokens, text_bytes = world.sum([loss.item(), tokens, text_bytes])
+    return {"val_loss": total / tokens, "val_bpb": total / math.log(2) / max(1, text_bytes)}

@@ -1,0 +1,191 @@
+"""Stage 1: train a base model. ``python -m fastgpt.pretrain --data my.txt --out runs/base``.
+
+Without ``--data`` it trains on the text that comes with the package. Everything of a run lies in its
+directory; ``--resume RUN`` goes on with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastgpt import cli
+from fastgpt.config import PretrainConfig
+from fastgpt.rundir import RunDir
+from fastgpt.rundir import write_atomic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastgpt.data import PackedDataset
+    from fastgpt.distributed import World
+    from fastgpt.model import GPT
+    from fastgpt.tokenizer import Tokenizer
+    from fastgpt.trainer import Batch
+
+SAMPLES, PROMPT_TOKENS = 3, 12
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    config = cli.parse(PretrainConfig, argv)
+    config.train.check()
+    config.model.check()
+    if config.dry_run:
+        from fastgpt.plan import print_plan
+
+        print_plan(config)
+        return
+    from fastgpt.distributed import world
+    from fastgpt.memory import keep_freed_memory
+
+    keep_freed_memory()
+    with world(config.train.device) as processes:
+        pretrain(config, processes)
+
+
+def loss_fn(model: GPT, batch: Batch) -> Tensor:
+    """Summed cross-entropy of the next token."""
+    from fastgpt_kernels import linear_cross_entropy
+
+    hidden_BTC = model(batch["inputs_BT"], doc_start=batch.get("doc_start_BT"))
+    return linear_cross_entropy(
+        hidden_BTC.flatten(0, 1),
+        model.head_weight,
+        batch["targets_BT"].flatten(),
+        reduction="sum",
+        softcap=model.config.logit_softcap,
+    )
+
+
+def pretrain(config: PretrainConfig, world: World) -> None:
+    """Prepare data and model, train, evaluate, sample, report."""
+    import torch
+
+    from fastgpt.data import PackedDataset, check_batches, open_shard, step_batches
+    from fastgpt.data import validation_batches
+    from fastgpt.evaluation import evaluate_loss
+    from fastgpt.hardware import compute_dtype
+    from fastgpt.model import GPT
+    from fastgpt.run import prepare_data, resume_from
+    from fastgpt.trainer import train
+
+    run = _open_run(config, world)
+    checkpoint = resume_from(run) if config.resume else None
+    tokenizer, data = prepare_data(
+        config.data, config.model.vocab_size, config.train.seed, run, world
+    )
+    config = _with_vocabulary(config, tokenizer.vocab_size)
+    if world.rank == 0:
+        write_atomic(run.config_path, cli.to_toml(cli.to_tree(config)))
+    settings = config.train
+    seq_len = settings.seq_len or config.model.context
+    shards = [
+        open_shard(path, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash)
+        for path in (data.train_path, data.val_path)
+    ]
+    train_set, val_set = (PackedDataset([s], seq_len, seed=settings.seed) for s in shards)
+    batch_size, micro = batch_shape(config, world)
+    masking = {"mask_documents": config.data.mask_documents, "eot_id": tokenizer.eot_id}
+    check_batches(
+        train_set, batch_size=batch_size, micro_batch_size=micro, world_size=world.size
+    )
+
+    torch.manual_seed(settings.seed)
+    model = GPT(config.model, compute_dtype(settings.dtype, world.device)).to(world.device)
+    bytes_per_id = tokenizer.bytes_per_id()
+    max_batches = -(-settings.eval_tokens // (micro * seq_len)) or None
+    ranks = {"rank": world.rank, "world_size": world.size}
+
+    def batches(step: int):
+        return step_batches(
+            train_set, step, batch_size=batch_size, micro_batch_size=micro, **ranks, **masking
+        )
+
+    def evaluate() -> dict[str, float]:
+        val = validation_batches(val_set, micro, max_batches, **ranks, **masking)
+        return evaluate_loss(model, val, loss_fn, bytes_per_id, world)
+
+    result = train(
+        model,
+        batches,
+        loss_fn,
+        settings,
+        config.optim,
+        world=world,
+        run=run,
+        seq_len=seq_len,
+        stage="pretrain",
+        evaluate=evaluate,
+        resume=checkpoint,
+        stop_at=config.stop_at,
+    )
+    if world.rank == 0:
+        finish(config, run, model, tokenizer, val_set, result.evaluation)
+
+
+def _open_run(config: PretrainConfig, world: World) -> RunDir:
+    if config.resume:
+        return RunDir.open(config.resume)
+    path = config.train.out or Path("runs") / f"pretrain-{config.preset}"
+    run = RunDir.create(path) if world.rank == 0 else RunDir(path)
+    world.barrier()
+    return run
+
+
+def _with_vocabulary(config: PretrainConfig, vocab_size: int) -> PretrainConfig:
+    """The model has as many ids as the tokenizer, which a small text or a file may have decided."""
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    return dataclasses.replace(config, model=model)
+
+
+def batch_shape(config: PretrainConfig, world: World) -> tuple[int, int]:
+    """Sequences of an optimizer step, and of one forward pass of one process."""
+    seq_len = config.train.seq_len or config.model.context
+    batch_size = max(1, config.train.batch_tokens // seq_len)
+    if config.train.micro_batch:
+        return batch_size, config.train.micro_batch
+    most = max(1, (16384 if world.device.type == "cuda" else 8192) // seq_len)
+    share = max(1, batch_size // world.size)
+    return batch_size, max(d for d in range(1, most + 1) if share % d == 0)
+
+
+def finish(
+    config: PretrainConfig,
+    run: RunDir,
+    model: GPT,
+    tokenizer: Tokenizer,
+    val_set: PackedDataset,
+    evaluation: dict[str, float],
+) -> None:
+    """Print samples and results, write the report."""
+    import numpy as np
+
+    from fastgpt.generate import SamplingConfig, generate
+    from fastgpt.report import environment, write_report
+
+    tokens = val_set.shards[0].tokens
+    ends = np.flatnonzero(tokens[: 1 << 22] == tokenizer.eot_id) + 1
+    starts = np.concatenate([[0], ends[ends + PROMPT_TOKENS < len(tokens)]])
+    picked = starts[np.linspace(0, len(starts) - 1, SAMPLES).astype(int)]
+    prompts = [tokens[s : s + PROMPT_TOKENS].astype(np.int64).tolist() for s in picked]
+    sampling = SamplingConfig(max_new_tokens=config.train.sample_tokens, seed=config.train.seed)
+    new = generate(model, prompts, sampling, stop_ids=(tokenizer.eot_id,))
+    samples = [
+        {"prompt": tokenizer.decode(prompt), "text": tokenizer.decode(ids)}
+        for prompt, ids in zip(prompts, new, strict=True)
+    ]
+    for sample in samples:
+        print(f"\n> {sample['prompt']}|{sample['text']}")
+    report = write_report(run, samples, cli.to_tree(config), environment())
+    print(
+        f"\nval loss {evaluation['val_loss']:.4f} nats/token, {evaluation['val_bpb']:.4f} bits/byte\n"
+        f"run {run.path}, report {report}\n"
+        f'try: python -m fastgpt.generate --run {run.path} --prompt "Once upon a time"'
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.command(main)())

@@ -1,0 +1,111 @@
+"""What the stages share around a run directory: its tokenizer, its token shards, its model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt import cli
+from fastgpt.checkpoint import Checkpoint, load_checkpoint
+from fastgpt.config import DataConfig, ModelConfig
+from fastgpt.data import TokenizedData, embedded_text, read_documents, tokenize_documents
+from fastgpt.distributed import World, pick_device
+from fastgpt.documents import Documents
+from fastgpt.errors import UsageError
+from fastgpt.hardware import compute_dtype
+from fastgpt.model import GPT
+from fastgpt.progress import task
+from fastgpt.rundir import RunDir
+from fastgpt.tokenizer import Tokenizer, train_sentencepiece
+from fastgpt.trainer import load_weights
+
+_SENTENCEPIECE = "tokenizer.model"
+
+
+def load_tokenizer(run: RunDir) -> Tokenizer:
+    """The tokenizer a run was trained with."""
+    sentencepiece = run.path / _SENTENCEPIECE
+    return Tokenizer.from_file(sentencepiece if sentencepiece.is_file() else run.tokenizer_path)
+
+
+def load_model(
+    path: Path, *, step: int | None = None, device: str = "auto", dtype: str = "auto"
+) -> tuple[GPT, Tokenizer]:
+    """Model and tokenizer of the run in ``path``, for inference. Raises UsageError or DataError."""
+    run = RunDir.open(path)
+    tree = cli.read_toml(run.config_path, "--run")
+    config = cli.from_tree(ModelConfig, tree["model"], str(run.config_path))
+    config.check()
+    checkpoint = load_checkpoint(run.checkpoints, step, only=("model",))
+    where = pick_device(device, 0)
+    with torch.device("meta"):
+        model = GPT(config, compute_dtype(dtype, where))
+    model.to_empty(device=where)
+    load_weights(model, checkpoint)
+    return model.eval(), load_tokenizer(run)
+
+
+def prepare_data(
+    config: DataConfig, vocab_size: int, seed: int, run: RunDir, world: World
+) -> tuple[Tokenizer, TokenizedData]:
+    """Train or copy the tokenizer and write the token shards; rank 0 works, the others read.
+
+    Files that are there already (a resumed run) are used again.
+    """
+    if world.rank > 0:
+        world.barrier()
+    documents = read_documents(
+        config.data or (embedded_text(),), text_key=config.text_key, on_error=config.on_bad_data
+    )
+    tokenizer = _tokenizer(config, vocab_size, documents, run)
+    with task("tokenize", documents.bytes_total) as bar:
+        data = tokenize_documents(
+            documents,
+            tokenizer,
+            run.path / "tokens",
+            val_fraction=config.val_fraction,
+            seed=seed,
+            progress=lambda done, _total: bar.update(done),
+        )
+    if world.rank == 0:
+        world.barrier()
+    return tokenizer, data
+
+
+def _tokenizer(
+    config: DataConfig, vocab_size: int, documents: Documents, run: RunDir
+) -> Tokenizer:
+    if run.tokenizer_path.is_file() or (run.path / _SENTENCEPIECE).is_file():
+        return load_tokenizer(run)
+    if config.tokenizer is not None:
+        if not config.tokenizer.is_file():
+            raise UsageError(f"--tokenizer {config.tokenizer}: no such file")
+        tokenizer = Tokenizer.from_file(config.tokenizer)
+        name = _SENTENCEPIECE if config.tokenizer.suffix == ".model" else run.tokenizer_path.name
+        shutil.copyfile(config.tokenizer, run.path / name)
+        return tokenizer
+    with task("train tokenizer: read", documents.bytes_total) as bar:
+        texts = _texts(documents, bar)
+        try:
+            if config.tokenizer_kind == "sentencepiece":
+                return train_sentencepiece(texts, vocab_size, run.path / _SENTENCEPIECE)
+            tokenizer = Tokenizer.train(texts, vocab_size, pattern=config.pattern)
+        except ValueError as error:
+            raise UsageError(f"--vocab-size {vocab_size}: {error}") from error
+    tokenizer.save(run.tokenizer_path)
+    return tokenizer
+
+
+def _texts(documents: Documents, bar: Any) -> Iterator[str]:
+    for document in documents:
+        yield document.text
+        bar.update(documents.bytes_done)
+
+
+def resume_from(run: RunDir) -> Checkpoint:
+    """The newest undamaged checkpoint of ``run``; says on standard error what it passes over."""
+    return load_checkpoint(run.checkpoints)

@@ -1,0 +1,371 @@
+"""The one training loop. A stage brings a model, batches, a loss and an evaluation.
+
+Loss functions return the *sum* over a micro-batch's targets. The loop divides by the number of targets of
+the whole step, over micro-batches and processes, so accumulation and data parallelism change nothing but
+the order of additions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastgpt.checkpoint import (
+    Checkpoint,
+    SaveError,
+    check_space,
+    required_bytes,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
+from fastgpt.config import OptimConfig, TrainConfig
+from fastgpt.data import IGNORE_INDEX
+from fastgpt.distributed import World
+from fastgpt.errors import DataError, DivergedError, Preempted
+from fastgpt.hardware import peak_flops
+from fastgpt.model import GPT
+from fastgpt.optim import Optimizers, clip_gradients
+from fastgpt.progress import Progress
+from fastgpt.rundir import MetricsLog, RunDir
+
+Batch = Mapping[str, Tensor]
+Batches = Callable[[int], Sequence[Batch]]
+"""Optimizer step (from 0) -> this process's micro-batches; ``targets_BT`` holds -100 where ignored."""
+LossFn = Callable[[GPT, Batch], Tensor]
+"""Sum of the losses of a micro-batch's targets, float32, 0-d."""
+Evaluate = Callable[[], dict[str, float]]
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint holds besides tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    """Targets trained on."""
+    skipped: int = 0
+    """Steps left out because loss or gradient was not finite."""
+    skipped_in_row: int = 0
+
+
+@dataclass
+class Result:
+    """The end of a run."""
+
+    state: TrainState
+    evaluation: dict[str, float] = field(default_factory=dict)
+
+
+class _LossModule(nn.Module):
+    """Model and loss as one module, so that DistributedDataParallel sees every use of a parameter."""
+
+    def __init__(self, model: GPT, loss_fn: LossFn):
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.loss_fn(self.model, batch)
+
+
+@dataclass
+class StopRequest:
+    """Whether somebody asked the run to end."""
+
+    asked: bool = False
+
+
+@contextlib.contextmanager
+def listen_for_stop() -> Iterator[StopRequest]:
+    """SIGTERM and SIGINT ask the loop to save and end after its step; a second SIGINT ends at once."""
+    stop = StopRequest()
+
+    def handle(signum: int, _frame: Any) -> None:
+        if stop.asked and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # Python delivers signals to the main thread only
+        return
+    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def train(
+    model: GPT,
+    batches: Batches,
+    loss_fn: LossFn,
+    config: TrainConfig,
+    optim: OptimConfig,
+    *,
+    world: World,
+    run: RunDir,
+    seq_len: int,
+    stage: str,
+    evaluate: Evaluate | None = None,
+    resume: Checkpoint | None = None,
+    stop_at: int | None = None,
+    extra_state: Mapping[str, Any] | None = None,
+) -> Result:
+    """Train ``model`` in place up to ``config.steps`` optimizer steps.
+
+    Args:
+        model: on ``world.device``.
+        batches: see `Batches`; a pure function of the step, so that resuming needs no loader state.
+        loss_fn: see `LossFn`.
+        config: the loop.
+        optim: optimizer and schedule.
+        world: this process among all.
+        run: metrics and checkpoints go here; written by rank 0.
+        seq_len: tokens of a sequence, for FLOP counts.
+        stage: name in the progress display.
+        evaluate: called at ``eval_every`` and at the end; its values are logged.
+        resume: a checkpoint of the same run.
+        stop_at: save and end after this step.
+        extra_state: written into the checkpoints.
+
+    Raises:
+        Preempted: asked to end early; a checkpoint is saved.
+        DivergedError: ``skip_budget`` steps in a row were not finite.
+    """
+    loop = _Loop(model, loss_fn, config, optim, world, seq_len)
+    if resume is not None:
+        loop.restore(resume)
+    rank0 = world.rank == 0
+    progress = Progress(config.steps, loop.state.step, stage=stage, enabled=rank0)
+    with contextlib.ExitStack() as stack:
+        logs = _Logs.open(run, loop.state.step, stack) if rank0 else None
+        saver = _Saver(loop, run, progress, config.keep_last, dict(extra_state or {}), logs)
+        saver.check_space()
+        stop = stack.enter_context(listen_for_stop())
+        stack.enter_context(progress)
+        values: dict[str, float] = {}
+        while loop.state.step < config.steps:
+            stats = loop.step(batches(loop.state.step), stop)
+            step, last = loop.state.step, loop.state.step == config.steps
+            if evaluate is not None and _due(step, config.eval_every, last):
+                values = evaluate()
+            else:
+                values = {}
+            _report(progress, logs, loop, stats, values, config.log_every)
+            ending = stats.stop or step == stop_at
+            if ending or _due(step, config.save_every, last):
+                saver.save()
+            if ending and not last:
+                raise Preempted(
+                    f"stopped after step {step} of {config.steps}; go on with --resume {run.path}"
+                )
+        return Result(loop.state, values)
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return last or (every > 0 and step % every == 0)
+
+
+@dataclass
+class _Stats:
+    """One step: mean loss, gradient norm before clipping, learning-rate multiplier, seconds."""
+
+    loss: float
+    grad_norm: float
+    lr_multiplier: float
+    tokens: int
+    seconds: float
+    stop: bool
+
+
+class _Loop:
+    """Model, optimizers and counters; `step` is one optimizer step."""
+
+    def __init__(
+        self,
+        model: GPT,
+        loss_fn: LossFn,
+        config: TrainConfig,
+        optim: OptimConfig,
+        world: World,
+        seq_len: int,
+    ):
+        self.model, self.config, self.optim, self.world = model, config, optim, world
+        self.optimizers = Optimizers(model, optim)
+        self.state = TrainState()
+        self.peak_flops = peak_flops(world.device, model.compute_dtype) * world.size
+        self.flops_per_token = model.config.flops_per_token(seq_len)
+        if config.compile:
+            for block in model.blocks:
+                block.compile()
+        module = _LossModule(model, loss_fn)
+        gpu_ids = [world.device] if world.device.type == "cuda" else None
+        self.module = DistributedDataParallel(module, gpu_ids) if world.size > 1 else module
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All tensors of a checkpoint."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizers.state_tensors()}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take model, optimizers, counters and random state from ``checkpoint``."""
+        load_weights(self.model, checkpoint)
+        self.optimizers.load_state_tensors(checkpoint.tensors["optimizer"])
+        self.state = TrainState(**checkpoint.state["train"])
+        set_rng_state(checkpoint.state["rng"])
+
+    def step(self, batch: Sequence[Batch], stop: StopRequest) -> _Stats:
+        """Forward, backward, and an update unless something is not finite."""
+        start = time.perf_counter()
+        targets = sum(int((micro["targets_BT"] != IGNORE_INDEX).sum()) for micro in batch)
+        n_targets, asked = self.world.sum([targets, stop.asked])
+        if n_targets == 0:
+            raise DataError(f"step {self.state.step + 1}: no micro-batch has a target to predict")
+        loss = self.world.sum([self._backward(batch, self.world.size / n_targets)])[0]
+        grad_norm = float(clip_gradients(self.model, self.optim.grad_clip))
+        multiplier = self.optim.multiplier(self.state.step, self.config.steps)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.optimizers.step(multiplier)
+            self.state.skipped_in_row = 0
+        else:
+            self._skip(loss, grad_norm)
+        self.optimizers.zero_grad()
+        self.state.step += 1
+        self.state.tokens += int(n_targets)
+        seconds = time.perf_counter() - start
+        return _Stats(
+            loss / n_targets, grad_norm, multiplier, int(n_targets), seconds, bool(asked)
+        )
+
+    def _backward(self, batch: Sequence[Batch], scale: float) -> float:
+        """Accumulate gradients of ``scale`` x loss; return this process's summed loss."""
+        total = torch.zeros((), device=self.world.device)
+        for i, micro in enumerate(batch):
+            more = i + 1 < len(batch) and isinstance(self.module, DistributedDataParallel)
+            with self.module.no_sync() if more else contextlib.nullcontext():
+                on_device = {
+                    k: v.to(self.world.device, non_blocking=True) for k, v in micro.items()
+                }
+                loss = self.module(on_device)
+                (loss * scale).backward()
+            total += loss.detach()
+        return total.item()
+
+    def _skip(self, loss: float, grad_norm: float) -> None:
+        self.state.skipped += 1
+        self.state.skipped_in_row += 1
+        if self.state.skipped_in_row >= self.config.skip_budget:
+            raise DivergedError(
+                f"step {self.state.step + 1}: loss {loss} or gradient norm {grad_norm} is not finite, "
+                f"{self.state.skipped_in_row} steps in a row; resume an earlier checkpoint with a "
+                "lower --lr, or look at the data of these steps"
+            )
+
+
+@dataclass
+class _Logs:
+    """metrics.jsonl is a function of seed and data; what depends on the clock goes apart."""
+
+    metrics: MetricsLog
+    timings: MetricsLog
+
+    @classmethod
+    def open(cls, run: RunDir, after_step: int, stack: contextlib.ExitStack) -> _Logs:
+        paths = (run.metrics_path, run.timings_path)
+        logs = [stack.enter_context(MetricsLog(p, after_step=after_step)) for p in paths]
+        return cls(*logs)
+
+
+def _report(
+    progress: Progress,
+    logs: _Logs | None,
+    loop: _Loop,
+    stats: _Stats,
+    values: dict[str, float],
+    log_every: int,
+) -> None:
+    step = loop.state.step
+    rate = stats.tokens / stats.seconds
+    mfu = rate * loop.flops_per_token / loop.peak_flops
+    lr = loop.optim.lr * stats.lr_multiplier
+    progress.update(
+        step,
+        loss=stats.loss,
+        val_loss=values.get("val_loss"),
+        tokens_per_s=rate,
+        mfu=mfu,
+        lr=lr,
+    )
+    if logs is None or not (values or step == 1 or step % log_every == 0):
+        return
+    logs.metrics.log(
+        step,
+        loss=stats.loss,
+        grad_norm=stats.grad_norm,
+        lr=lr,
+        tokens=loop.state.tokens,
+        skipped=loop.state.skipped,
+        **values,
+    )
+    logs.timings.log(step, tokens_per_s=rate, mfu=mfu, seconds=progress.elapsed())
+
+
+@dataclass
+class _Saver:
+    """Writes checkpoints on rank 0; a failed write is reported and training goes on."""
+
+    loop: _Loop
+    run: RunDir
+    progress: Progress
+    keep_last: int
+    extra_state: dict[str, Any]
+    logs: _Logs | None
+
+    def check_space(self) -> None:
+        """Refuse a disk without room for two checkpoints."""
+        if self.loop.world.rank == 0:
+            weights = self.loop.model.state_dict()
+            moments = {f"{k}/{i}": v for k, v in weights.items() for i in range(2)}
+            size = required_bytes({"model": weights, "optimizer": moments}, {})
+            check_space(self.run.checkpoints, size)
+
+    def save(self) -> None:
+        """Write the checkpoint of the current step; all processes wait for it."""
+        if self.logs is not None:
+            self.logs.metrics.sync()
+            state = {"train": vars(self.loop.state), "rng": rng_state(), **self.extra_state}
+            try:
+                save_checkpoint(
+                    self.run.checkpoints,
+                    self.loop.state.step,
+                    self.loop.tensors(),
+                    state,
+                    keep_last=self.keep_last,
+                    warn=self.progress.message,
+                )
+            except SaveError as error:
+                self.progress.message(f"warning: {error}; training goes on")
+        self.loop.world.barrier()
+
+
+def load_weights(model: GPT, checkpoint: Checkpoint) -> None:
+    """Copy the weights of ``checkpoint`` into ``model``. Raises DataError when they do not fit."""
+    weights = checkpoint.tensors["model"]
+    for name, parameter in model.state_dict().items():
+        if name not in weights or weights[name].shape != parameter.shape:
+            found = "missing" if name not in weights else f"of shape {tuple(weights[name].shape)}"
+            raise DataError(
+                f"{checkpoint.path}: {name} is {found}, the configured model needs "
+                f"{tuple(parameter.shape)}; use the config.toml of that run"
+            )
+    model.load_state_dict(weights)
