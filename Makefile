@@ -1,0 +1,49 @@
+# Each target sets up .venv by itself: Python >= 3.11, a C++17 compiler and make are all it takes.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: train test full bench check clean
+
+train: .venv/train  ## train a small model on the embedded text
+	$(BIN)/python -m fastgpt.pretrain $(ARGS)
+
+# Interpreted and compiled kernels cannot share a process, hence two runs of pytest.
+test: .venv/test  ## the whole test suite
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpret $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
+
+full: .venv/test  ## with the long matrices, soak and fuzz runs
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpret -m 'full or not full' $(ARGS)
+	$(BIN)/python -m pytest -m 'full or not full' $(ARGS)
+
+bench: .venv/bench  ## throughput, each figure behind a correctness check
+	$(BIN)/python -m pytest bench $(ARGS)
+
+check: .venv/dev  ## lint, format, types, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/codespell
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+
+.venv/train: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) --editable .
+	touch $@
+
+.venv/test: .venv/train
+	$(INSTALL) --editable '.[test]'
+	touch $@
+
+.venv/bench: .venv/test
+	$(INSTALL) --editable '.[test,bench]'
+	touch $@
+
+.venv/dev: .venv/test
+	$(INSTALL) --editable '.[test,bench,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist runs *.egg-info fastgpt/*.so
