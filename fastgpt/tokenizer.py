@@ -146,7 +146,7 @@ class Tokenizer:
             tokens[rank] = token
             if len(token) < 2:
                 continue
-            parts = _parts_below(token, rank, ranks)
+            parts = _last_parts(token, ranks)
             if len(parts) == 2:
                 merges.append((ranks[parts[0]], ranks[parts[1]], rank))
             else:
@@ -467,12 +467,15 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _parts_below(token: bytes, limit: int, ranks: dict[bytes, int]) -> list[bytes]:
-    # The token as merged by all ranks below its own: the two parts of its merge.
+def _last_parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    # What the token's own bytes merge to before the last step. As merges inside a token do not
+    # depend on what surrounds it, these are the only two parts it is ever made of; if more than
+    # two are left, merging never leads to it.
     parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 1:
-        rank, i = min((ranks.get(parts[i] + parts[i + 1], limit), i) for i in range(len(parts) - 1))
-        if rank >= limit:
+    never = tokenizer_json.MAX_ID + 1
+    while len(parts) > 2:
+        rank, i = min((ranks.get(parts[i] + parts[i + 1], never), i) for i in range(len(parts) - 1))
+        if rank == never:
             break
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts
