@@ -37,7 +37,9 @@ except ModuleNotFoundError:  # PyTorch's CPU wheels bring no Triton
     class _TritonStandIn:
         """Lets kernel files be imported without Triton; a launch explains what is missing."""
 
-        constexpr = object
+        @staticmethod
+        def constexpr(value=None):
+            return value
 
         def jit(self, fn=None, **_options):
             if fn is None:

@@ -3,7 +3,8 @@
 The interpreter keeps bfloat16 as uint16 bit patterns. As shipped (3.7 and 3.9) it truncates float32
 to bfloat16 where hardware rounds to nearest even, and it adds, multiplies, compares and dots the
 bit patterns as integers without a word. Here casts round correctly, ``tl.dot`` widens its operands,
-and bfloat16 arithmetic, which no kernel of ours may contain, raises.
+and bfloat16 arithmetic, which no kernel of ours may contain, raises. ``tl.fma`` rounds once, as on
+a GPU (3.7 rounds the product too).
 """
 
 from __future__ import annotations
@@ -78,6 +79,10 @@ def repair_interpreter() -> None:
         )
         return dot(self, a, b, *args)
 
+    def fma_rounding_once(self, x, y, z):
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
     def checked_binary(self, lhs, rhs, op):
         _refuse_bfloat16((lhs, rhs), getattr(op, "__name__", "arithmetic"))
         return binary_op(self, lhs, rhs, op)
@@ -93,6 +98,7 @@ def repair_interpreter() -> None:
     builder_class.cast_impl = repaired_cast
     builder_class.create_fp_to_fp = repaired_fp_to_fp
     builder_class.create_dot = repaired_dot
+    builder_class.create_fma = fma_rounding_once
     builder_class.binary_op = checked_binary
     builder_class.unary_op = checked_unary
     interpreter.ReduceScanOpInterface.check_tensor = checked_reduction

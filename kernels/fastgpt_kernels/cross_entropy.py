@@ -1,0 +1,341 @@
+"""Cross-entropy of logits against class indices, forward and backward, with float32 loss.
+
+Per row of logits x (capped to ``c tanh(x / c)`` if asked), target t, e = label_smoothing and
+z = z_loss::
+
+    lse  = log sum exp x
+    loss = (1 - e) (lse - x_t) + e (lse - mean(x)) + z lse^2
+    d loss / d x_v = (1 + 2 z lse) exp(x_v - lse) - e / V - [v = t] (1 - e)    (times 1 - tanh^2)
+
+The forward reads the logits once (online softmax, arXiv:1805.02867) and keeps two floats a row; the
+backward recomputes the probabilities from them and writes the gradient into new memory. How the
+exponent stays exact and why an odd vocabulary keeps 128-bit access: ``_loss_kernels``. The z-loss
+is PaLM's (arXiv:2204.02311, section 5), the cap Gemma 2's (arXiv:2408.00118).
+
+Shapes: input (N, V) of any strides; target (N,); everything per row is (N,) float32.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt_kernels._common import (
+    AOT_DTYPES,
+    AotCase,
+    aot_variants,
+    device_guard,
+    launch_config,
+    next_power_of_2,
+    use_triton,
+)
+from fastgpt_kernels._loss_kernels import gradient_kernel, loss_gradient_kernel, loss_kernel
+
+
+def vector_width(x: Tensor) -> int:
+    """Elements per 16-byte group, or 1 where the columns of ``x`` are not adjacent."""
+    return 16 // x.element_size() if x.stride(-1) == 1 else 1
+
+
+def soft_cap_arguments(softcap: float) -> tuple[float, float]:
+    """The cap and its reciprocal as kernel arguments; a cap of 0 means none."""
+    return (softcap, 1.0 / softcap) if softcap else (1.0, 1.0)
+
+
+def _launch_fwd(
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n_rows, n_cols = input.shape
+    loss, top, total = (input.new_empty(n_rows, dtype=torch.float32) for _ in range(3))
+    if n_rows == 0:
+        return loss, top, total
+    config = launch_config("loss", input.device, input.dtype, next_power_of_2(n_cols))
+    flags: dict[str, Any] = {
+        "SOFTCAP": softcap != 0, "SMOOTHING": label_smoothing != 0, "VEC": vector_width(input)
+    }  # fmt: skip
+    stride_row, stride_col = input.stride()
+    cap, inverse_cap = soft_cap_arguments(softcap)
+    with device_guard(input):
+        loss_kernel[(n_rows,)](
+            input, target, loss, top, total, n_cols, stride_row, stride_col, target.stride(0),
+            ignore_index, label_smoothing, z_loss, cap, inverse_cap, **flags, **config,
+        )  # fmt: skip
+    return loss, top, total
+
+
+def _gradient_like(input: Tensor) -> Tensor:
+    """Memory for the gradient with the input's row stride, so that both rows are aligned alike."""
+    if input.stride(1) != 1 or input.stride(0) < input.shape[1]:
+        return input.new_empty(input.shape)
+    return input.new_empty_strided(input.shape, input.stride())
+
+
+def _launch_bwd(
+    grad: Tensor,
+    input: Tensor,
+    target: Tensor,
+    top: Tensor,
+    total: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> Tensor:
+    n_rows, n_cols = input.shape
+    out = _gradient_like(input)
+    if n_rows == 0:
+        return out
+    vec = vector_width(input) if out.stride() == input.stride() else 1
+    config = launch_config("loss_gradient", input.device, input.dtype, next_power_of_2(n_cols))
+    flags: dict[str, Any] = {"SOFTCAP": softcap != 0, "VEC": vec}
+    stride_row, stride_col = input.stride()
+    cap, inverse_cap = soft_cap_arguments(softcap)
+    with device_guard(input):
+        gradient_kernel[(n_rows,)](
+            input, target, top, total, grad, out, n_cols, stride_row, stride_col,
+            target.stride(0), grad.stride(0), out.stride(0), ignore_index, label_smoothing, z_loss,
+            cap, inverse_cap, **flags, **config,
+        )  # fmt: skip
+    return out
+
+
+def _capped(x: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(x / softcap) if softcap else x
+
+
+def _cpu_fwd(
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = _capped(input.float(), softcap)
+    top = x.amax(-1)
+    total = torch.exp(x - top[:, None]).sum(-1)
+    kept = target != ignore_index
+    picked = x.gather(1, torch.where(kept, target, 0).long()[:, None])[:, 0]
+    log_total = total.log()
+    loss = log_total + (top - picked)
+    if label_smoothing:
+        loss = torch.lerp(loss, log_total + (top - x.mean(-1)), label_smoothing)
+    loss = loss + z_loss * (top + log_total).square()
+    return torch.where(kept, loss, 0.0), top, total
+
+
+def _cpu_bwd(
+    grad: Tensor,
+    input: Tensor,
+    target: Tensor,
+    top: Tensor,
+    total: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> Tensor:
+    x = _capped(input.float(), softcap)
+    kept = target != ignore_index
+    growth = 1.0 + 2.0 * z_loss * (top + total.log())
+    d = torch.exp(x - top[:, None]) * (growth / total)[:, None] - label_smoothing / x.shape[1]
+    at = torch.where(kept, target, 0).long()[:, None]
+    d.scatter_add_(1, at, torch.full_like(d[:, :1], label_smoothing - 1.0))
+    d = torch.where(kept[:, None], d * grad[:, None], 0.0)
+    if softcap:
+        d = d * (1.0 - torch.tanh(input.float() / softcap).square())
+    out = _gradient_like(input)
+    return out.copy_(d)
+
+
+@torch.library.custom_op("fastgpt_kernels::cross_entropy_fwd", mutates_args=())
+def cross_entropy_fwd(
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of every row and the two floats its backward needs (their scale is the device's own)."""
+    run = _launch_fwd if use_triton(input) else _cpu_fwd
+    return run(input, target, ignore_index, label_smoothing, z_loss, softcap)
+
+
+@cross_entropy_fwd.register_fake
+def _(input, target, ignore_index, label_smoothing, z_loss, softcap):
+    rows = input.new_empty(input.shape[0], dtype=torch.float32)
+    return rows, torch.empty_like(rows), torch.empty_like(rows)
+
+
+@torch.library.custom_op("fastgpt_kernels::cross_entropy_bwd", mutates_args=())
+def cross_entropy_bwd(
+    grad: Tensor,
+    input: Tensor,
+    target: Tensor,
+    top: Tensor,
+    total: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> Tensor:
+    """Gradient of ``sum(grad * loss)`` with respect to the logits, in their dtype."""
+    run = _launch_bwd if use_triton(input) else _cpu_bwd
+    return run(grad, input, target, top, total, ignore_index, label_smoothing, z_loss, softcap)
+
+
+@cross_entropy_bwd.register_fake
+def _(grad, input, target, top, total, ignore_index, label_smoothing, z_loss, softcap):
+    return _gradient_like(input)
+
+
+def _save(ctx, inputs, output):
+    input, target, *ctx.options = inputs
+    ctx.save_for_backward(input, target, output[1], output[2])
+
+
+def _backward(ctx, grad, _grad_top, _grad_total):
+    d = cross_entropy_bwd(grad, *ctx.saved_tensors, *ctx.options)
+    return d, None, None, None, None, None
+
+
+cross_entropy_fwd.register_autograd(_backward, setup_context=_save)
+
+_AOT_TYPES = {
+    **dict.fromkeys(("loss", "row_top", "row_total", "grad"), "*fp32"),
+    **dict.fromkeys(("n_cols", "stride_row", "stride_out", "ignore_index"), "i32"),
+    **dict.fromkeys(("label_smoothing", "z_loss", "softcap", "inv_softcap"), "fp32"),
+    "target": "*i64",
+}
+
+
+def aot_cases() -> list[AotCase]:
+    """Instances for the static gate: odd and aligned vocabularies, plain and with options."""
+    cases = []
+    kernels = (
+        ("loss", loss_kernel),
+        ("loss_gradient", gradient_kernel),
+        ("loss_gradient", loss_gradient_kernel),
+    )
+    sizes = itertools.product((256, 50257, 50304, 128256), AOT_DTYPES.items(), (False, True))
+    for (n_cols, (name, dtype), options), (kernel, fn) in itertools.product(sizes, kernels):
+        constants = {
+            "SOFTCAP": options,
+            "SMOOTHING": options,
+            "VEC": 16 // dtype.itemsize,
+            **dict.fromkeys(("stride_col", "stride_target", "stride_grad"), 1),
+        }
+        label = f"{fn.__name__.removesuffix('_kernel')}/{n_cols}_{name}{'_options' * options}"
+        cases += aot_variants(
+            label, kernel, fn, dtype, next_power_of_2(n_cols),
+            {**_AOT_TYPES, "logits": f"*{name}", "out": f"*{name}"}, constants,
+            ("n_cols", "stride_row", "stride_out") if n_cols % 16 == 0 else (),
+        )  # fmt: skip
+    return cases
+
+
+def check_options(
+    name: str,
+    rows: int,
+    target: Tensor,
+    reduction: str,
+    label_smoothing: float,
+    softcap: float | None,
+) -> None:
+    """Raise ValueError for what both loss functions refuse."""
+    if target.shape != (rows,) or target.is_floating_point():
+        raise ValueError(
+            f"{name}: target must hold one class index for each of {rows} rows, got shape "
+            f"{tuple(target.shape)} and {target.dtype}"
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{name}: label_smoothing must lie in [0, 1], got {label_smoothing}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"{name}: softcap must be positive (or None), got {softcap}")
+
+
+def reduce_rows(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """Apply ``reduction``; the mean is over rows that are not ignored, and NaN if there is none."""
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / (target != ignore_index).sum()
+
+
+def _plain(
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> Tensor:
+    """Losses per row in ordinary operations, which Inductor fuses with their surroundings."""
+    x = _capped(input.to(torch.promote_types(input.dtype, torch.float32)), softcap)
+    loss = F.cross_entropy(
+        x,
+        target.long(),
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    if z_loss:
+        lse_squared = torch.logsumexp(x, dim=-1).square()
+        loss = loss + z_loss * torch.where(target != ignore_index, lse_squared, 0.0)
+    return loss
+
+
+def cross_entropy(
+    input_NV: Tensor,
+    target_N: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """``torch.nn.functional.cross_entropy`` on class indices, in float32, plus z-loss and soft cap.
+
+    Args:
+        input_NV: logits (N, V), any strides, float32, float16 or bfloat16; never written to.
+        target_N: class indices (N,), any integer dtype. On a GPU an index outside [0, V) other than
+            ``ignore_index`` makes its row's loss NaN; on the CPU it raises.
+        ignore_index: rows with this target have loss 0, gradient exactly 0, no share in the mean.
+        reduction: "mean" (over rows that are not ignored; NaN if there is none, as in PyTorch),
+            "sum" or "none".
+        label_smoothing: weight of the uniform distribution in the target.
+        z_loss: coefficient of the squared log-partition.
+        softcap: logits are replaced by ``softcap * tanh(logits / softcap)``.
+
+    Returns:
+        float32 scalar, or (N,) for reduction "none" (float64 for float64 logits on the CPU).
+
+    Raises:
+        ValueError: wrong shapes or options out of range.
+    """
+    if input_NV.dim() != 2:
+        raise ValueError(
+            f"cross_entropy: input must be (N, V), got shape {tuple(input_NV.shape)}; "
+            "flatten the leading dims"
+        )
+    check_options("cross_entropy", input_NV.shape[0], target_N, reduction, label_smoothing, softcap)
+    options = ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0)
+    if use_triton(input_NV):
+        loss_N = cross_entropy_fwd(input_NV, target_N, *options)[0]
+    else:
+        loss_N = _plain(input_NV, target_N, *options)
+    return reduce_rows(loss_N, target_N, ignore_index, reduction)
