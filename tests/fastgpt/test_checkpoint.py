@@ -57,6 +57,12 @@ def assert_holds(loaded: ckpt.Checkpoint, step: int) -> None:
             assert (got.dtype, got.shape, raw(got)) == (tensor.dtype, tensor.shape, raw(tensor))
 
 
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch) -> None:
+    """What reaches the platters cannot be seen here, and a busy disk makes it slow."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     root = tmp_path / "run" / "checkpoints"

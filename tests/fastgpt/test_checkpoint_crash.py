@@ -26,6 +26,12 @@ PROJECT = Path(__file__).parents[2]
 OS_CALLS = ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "open", "listdir", "scandir")
 
 
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch) -> None:
+    """What reaches the platters cannot be seen here, and a busy disk makes it slow."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 class Crash(BaseException):
     """Stands for the end of the process: nothing in the project may catch it."""
 
@@ -192,6 +198,41 @@ def test_a_full_disk_at_any_call_loses_nothing(tmp_path: Path, scenario: str, wh
         if there or ckpt.list_steps(root):
             assert holds(root) in [*there[-1:], new], calls
     assert failures > 10
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads names from /proc")
+def test_everything_is_synced_before_a_name_depends_on_it(tmp_path: Path, monkeypatch) -> None:
+    events: list[str] = []
+    rename, replace = os.rename, os.replace
+
+    def relative(path) -> str:
+        return str(Path(path).relative_to(tmp_path)).replace(f"-{os.getpid()}", "")
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        events.append(f"sync {relative(path)}")
+
+    def moved(real):
+        def move(source, target) -> None:
+            events.append(f"move {relative(source)} {relative(target)}")
+            real(source, target)
+
+        return move
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", moved(rename))
+    monkeypatch.setattr(os, "replace", moved(replace))
+    save(tmp_path, 10, keep_last=1)
+    files = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+    assert events == [
+        *(f"sync .tmp-step_10/{name}" for name in files),
+        "sync .tmp-step_10",
+        "move .tmp-step_10 step_10",
+        "sync .",
+        "sync .tmp-latest",
+        "move .tmp-latest latest",
+        "sync .",
+    ]
 
 
 def test_the_limit_of_the_kernel_on_file_size_is_a_save_error(tmp_path: Path) -> None:

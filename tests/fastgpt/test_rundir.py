@@ -156,8 +156,8 @@ def test_a_disk_that_fills_up_and_empties_leaves_whole_lines(tmp_path: Path, mon
     monkeypatch.setattr(os, "write", write)
     with MetricsLog(path, warn=messages.append) as log:
         log.log(1, loss=1.0)
-        room[0] = 5  # the next line fails half way
-        log.log(2, loss=2.0)
+        room[0] = 80  # the next line fails half way, with more bytes than the one after it
+        log.log(2, text="x" * 100)
         log.log(3, loss=3.0)
         room[0] = 10_000
         log.log(4, loss=4.0)
