@@ -28,22 +28,14 @@ check: .venv/dev  ## lint, format, types, spelling
 	$(BIN)/codespell
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
 
-.venv/train: $(SOURCES)
+.venv/%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(INSTALL) --editable .
+	$(INSTALL) --editable '.$(EXTRAS)'
 	touch $@
 
-.venv/test: .venv/train
-	$(INSTALL) --editable '.[test]'
-	touch $@
-
-.venv/bench: .venv/test
-	$(INSTALL) --editable '.[test,bench]'
-	touch $@
-
-.venv/dev: .venv/test
-	$(INSTALL) --editable '.[test,bench,dev]'
-	touch $@
+.venv/test: EXTRAS := [test]
+.venv/bench: EXTRAS := [test,bench]
+.venv/dev: EXTRAS := [test,bench,dev]
 
 clean:
 	rm -rf .venv build dist runs *.egg-info fastgpt/*.so

@@ -5,12 +5,9 @@ probabilities from the saved log-sum-exp as batched matrix products (Dao 2023, "
 section 3.1, without tiling): five GEMMs and one fused elementwise pass are about twice as fast as
 PyTorch's own fused CPU backward when the T x S scores fit in memory.
 
-`linear_cross_entropy_chunk` turns a chunk of logits into the loss and into a matrix `e_NV` from which
-both gradients follow by GEMM. With p = softmax(logits) the gradient of a row is ``p - onehot``; instead
-of a third pass that normalises, ``e = exp(logits - max)`` is stored, its target entry is set to
-``e_t - sum(e)``, and ``1 / sum(e)`` is folded into the narrow operands of the two GEMMs. One pass with
-one exponential per logit, and the small difference ``p_t - 1`` is formed in float32, so it keeps its
-relative accuracy when p_t approaches 1.
+`linear_cross_entropy_gradients` never normalises the softmax. It stores ``e = exp(logits - max)``, one
+exponential and one pass for each logit, and folds ``1 / sum(e)`` into the narrow operands of the two
+GEMMs that make the gradients.
 """
 
 from __future__ import annotations
@@ -235,54 +232,10 @@ def rows_per_chunk(n_rows: int, vocab_size: int, itemsize: int) -> int:
     return -(-n_rows // max(1, n_chunks))
 
 
-def linear_cross_entropy_gradients(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    row_weight_N: Tensor,
-    *,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Losses and gradients of ``sum_n row_weight[n] * loss[n]`` in one pass over the logits.
-
-    Args:
-        hidden_ND: activations, float32 or bfloat16.
-        weight_VD: output projection in the same dtype.
-        targets_N: int64 class ids; ignored rows hold any valid id and have a row weight of 0.
-        row_weight_N: float32.
-        z_loss: coefficient of ``lse**2``.
-        softcap: logits are ``softcap * tanh(x / softcap)``.
-
-    Returns:
-        loss_N: float32, unweighted, 0 where the row weight is 0.
-        dhidden_ND: in ``hidden``'s dtype.
-        dweight parts: list of (V, D), one a chunk of rows; their sum is the gradient.
-    """
-    N = hidden_ND.shape[0]
-    loss_N = torch.empty(N, dtype=torch.float32)
-    coef_N = torch.empty(N, dtype=torch.float32)
-    dhidden_ND = torch.empty_like(hidden_ND)
-    parts: list[Tensor] = []
-    step = rows_per_chunk(N, weight_VD.shape[0], hidden_ND.element_size())
-    for start in range(0, N, step):
-        rows = slice(start, start + step)
-        h, t = hidden_ND[rows], targets_N[rows, None]
-        logits = h @ weight_VD.t()
-        picked = logits.gather(1, t).float()
-        e, top, total = _fused_exp_and_sum(logits, softcap)
-        del logits
-        e[torch.arange(len(t)), t.squeeze(1)] = 0  # scatter_ would copy all of e
-        loss_N[rows], coef, pull = _row_terms(
-            picked, top, total, row_weight_N[rows, None], z_loss, softcap
-        )
-        coef_N[rows] = coef.squeeze(1)
-        dhidden_ND[rows] = (e @ weight_VD) * pull + coef * weight_VD[targets_N[rows]]
-        parts.append(((h * pull).to(e.dtype).t().contiguous() @ e).t())
-    return loss_N, dhidden_ND, parts, coef_N
-
-
-def _row_terms(picked, top, total, row_weight, z_loss, softcap):
+def _row_terms(
+    picked: Tensor, top: Tensor, total: Tensor, grad: Tensor, z_loss: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row: loss, coefficient of the target's own gradient, factor of the row of e."""
     slope = 1.0
     if softcap is not None:
         tanh = torch.tanh(picked / softcap)
@@ -290,16 +243,92 @@ def _row_terms(picked, top, total, row_weight, z_loss, softcap):
     lse = top + total.log()
     # d(loss)/d(logit) = p * (1 + 2 z lse) - onehot
     growth = 1.0 + 2.0 * z_loss * lse
-    coef = (torch.exp(picked - lse) * growth - 1.0) * slope * row_weight
+    coef = (torch.exp(picked - lse) * growth - 1.0) * slope * grad
     loss = lse - picked + z_loss * lse * lse
-    return torch.where(row_weight == 0, 0.0, loss).squeeze(1), coef, growth / total * row_weight
+    return torch.where(grad == 0, 0.0, loss).squeeze(1), coef, growth / total * grad
 
 
-def _sum_parts(parts: list[Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
-    total = parts[0].float()
-    for part in parts[1:]:
+def linear_cross_entropy_losses(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    ignore_index: int,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Loss of each row, float32 (N,), 0 where the target is ``ignore_index``."""
+    loss_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32)
+    counted = (targets_N != ignore_index).float().unsqueeze(1)
+    ids = torch.where(targets_N == ignore_index, 0, targets_N).unsqueeze(1)
+    step = rows_per_chunk(len(loss_N), weight_VD.shape[0], hidden_ND.element_size())
+    for start in range(0, len(loss_N), step):
+        rows = slice(start, start + step)
+        logits = hidden_ND[rows] @ weight_VD.t()
+        _, top, total = _fused_exp_and_sum(logits, softcap)
+        picked = logits.gather(1, ids[rows]).float()
+        loss_N[rows] = _row_terms(picked, top, total, counted[rows], z_loss, softcap)[0]
+    return loss_N
+
+
+def linear_cross_entropy_gradients(
+    grad_N: Tensor,
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    ignore_index: int,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, and gradients of ``sum(grad * loss)``, in one pass over the logits.
+
+    The part of a row's gradient that belongs to its target is left out of ``e`` and added in float32,
+    which also keeps the relative accuracy of ``p - 1`` when p approaches 1.
+
+    Args:
+        grad_N: float32 weight of each row.
+        hidden_ND: float32 or bfloat16.
+        weight_VD: output projection, in the same dtype.
+        targets_N: int64 ids.
+        ignore_index: rows with this target have no loss and no gradient.
+        z_loss: coefficient of ``lse**2``.
+        softcap: logits are ``softcap * tanh(x / softcap)``.
+
+    Returns:
+        loss (N,) float32, dhidden (N, D) in ``hidden``'s dtype, dweight (V, D) float32.
+    """
+    N = hidden_ND.shape[0]
+    loss_N = torch.empty(N, dtype=torch.float32)
+    coef_N1 = torch.empty(N, 1, dtype=torch.float32)
+    dhidden_ND = torch.empty_like(hidden_ND)
+    grad_N1 = torch.where(targets_N == ignore_index, 0.0, grad_N).unsqueeze(1)
+    ids_N = torch.where(targets_N == ignore_index, 0, targets_N)
+    parts: list[Tensor] = []
+    step = rows_per_chunk(N, weight_VD.shape[0], hidden_ND.element_size())
+    for start in range(0, N, step):
+        rows = slice(start, start + step)
+        h, ids, grad = hidden_ND[rows], ids_N[rows], grad_N1[rows]
+        logits = h @ weight_VD.t()
+        picked = logits.gather(1, ids.unsqueeze(1)).float()
+        e, top, total = _fused_exp_and_sum(logits, softcap)
+        del logits
+        e[torch.arange(len(ids)), ids] = 0  # scatter_ would copy all of e
+        loss_N[rows], coef, pull = _row_terms(picked, top, total, grad, z_loss, softcap)
+        dhidden_ND[rows] = (e @ weight_VD) * pull + coef * weight_VD[ids]
+        coef_N1[rows] = coef
+        # The transposed operand is the narrow one, and stored transposed: half the time of e.t() @ h.
+        parts.append((h * pull).to(e.dtype).t().contiguous() @ e)
+    dweight_VD = _fused_sum(parts)
+    dweight_VD.index_add_(0, ids_N, coef_N1 * hidden_ND)
+    return loss_N, dhidden_ND, dweight_VD
+
+
+def _sum_transposed(parts_DV: list[Tensor]) -> Tensor:
+    total = parts_DV[0].float()
+    for part in parts_DV[1:]:
         total = total + part.float()
-    return (total * scale).to(dtype, memory_format=torch.contiguous_format)
+    return total.t().contiguous()
 
 
-sum_parts = fused(_sum_parts)
+_fused_sum = fused(_sum_transposed)

@@ -1,0 +1,78 @@
+"""``--dry-run``: what a run would take, by arithmetic; nothing is read, written or allocated."""
+
+from __future__ import annotations
+
+from fastgpt.config import PretrainConfig
+from fastgpt.data import embedded_text
+
+# Fraction of the hardware's peak that a small model reaches; only used for the time estimate.
+_ASSUMED_MFU = 0.3
+
+
+def print_plan(config: PretrainConfig) -> None:
+    """Print parameters, memory, tokens, steps, disk and time of ``config``."""
+    for name, value in plan(config).items():
+        print(f"{name:<14} {value}")
+
+
+def plan(config: PretrainConfig) -> dict[str, str]:
+    """The figures of the run as text, each with its unit; estimates say so."""
+    from fastgpt.hardware import compute_dtype, peak_flops
+    from fastgpt.pretrain import batch_shape
+    from fastgpt.distributed import World, pick_device
+
+    model, settings = config.model, config.train
+    device = pick_device(settings.device, 0)
+    dtype = compute_dtype(settings.dtype, device)
+    seq_len = settings.seq_len or model.context
+    batch_size, micro = batch_shape(config, World(0, 1, device))
+    tokens = settings.steps * batch_size * seq_len
+    flops = tokens * model.flops_per_token(seq_len)
+    peak = peak_flops(device, dtype)
+    parameters = model.n_params()
+    checkpoint = 12 * parameters if config.optim.optimizer == "adamw" else 10 * parameters
+    kept = f"{settings.keep_last + 1} of them at most" if settings.keep_last else "all are kept"
+    sources = config.data.data or (embedded_text(),)
+    return {
+        "parameters": f"{parameters:,}",
+        "data": ", ".join(str(path) for path in sources),
+        "device": f"{device}, {str(dtype).removeprefix('torch.')}",
+        "batch": f"{batch_size} sequences of {seq_len} tokens, {micro} at a time",
+        "steps": f"{settings.steps:,}",
+        "tokens": f"{tokens:,}",
+        "memory": f"{_size(training_bytes(config, micro, dtype.itemsize))} (estimate)",
+        "disk": f"{_size(checkpoint)} a checkpoint, {kept}; token shards besides",
+        "compute": f"{flops:.3g} FLOPs",
+        "time": f"{_duration(flops / (peak * _ASSUMED_MFU))} "
+        f"(estimate: {_ASSUMED_MFU:.0%} of {peak / 1e12:.3g} TFLOP/s)",
+    }
+
+
+def training_bytes(config: PretrainConfig, micro: int, itemsize: int) -> int:
+    """Weights, gradients and moments in float32, and the activations of one micro-batch.
+
+    Activations a layer: about 10 widths of C and 2 to 3 of the MLP a token are kept for the backward.
+    """
+    model = config.model
+    seq_len = config.train.seq_len or model.context
+    rows = micro * seq_len
+    widths = 10 * model.n_embd + (3 if model.mlp == "swiglu" else 2) * model.ff_dim
+    activations = model.n_layer * rows * widths * itemsize
+    logits = min(rows * model.vocab_size * itemsize, 1 << 28)
+    return 16 * model.n_params() + activations + 2 * logits
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.4g} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"
