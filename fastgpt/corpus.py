@@ -64,7 +64,7 @@ class Encoder(Protocol):
         ...
 
     def bytes_per_id(self) -> np.ndarray:
-        """Return the number of bytes of text each id stands for, shape (vocab_size,)."""
+        """Return the bytes of text each id stands for, 0 for special ones, shape (vocab_size,)."""
         ...
 
 
@@ -253,10 +253,6 @@ def choose_validation(
     rest[chosen] = 0
     longest = int(np.argmax(rest))
     cut = min(missing, int(rest[longest]) - 1) if missing > budget // 2 else 0
-    if cut < 2:
-        cut = 0
-        if not len(chosen):  # every document is a word or two
-            chosen = order[:1]
     if len(chosen) == len(lengths):
         raise DataError(f"{lengths.sum()} tokens are too few to split; give more text")
     return chosen, longest, cut
@@ -291,7 +287,7 @@ def _deal(
         _copy(tokens, ends, begin, len(ends), train)
     val_bytes = int(text_bytes[chosen].sum())
     if cut_tokens:
-        tail = tokens[ends[cut] - cut_tokens : ends[cut] - 1]
+        tail = tokens[ends[cut] - cut_tokens : ends[cut]]
         val_bytes += int(tokenizer.bytes_per_id()[tail].sum())
     whole = len(lengths) - len(chosen)
     return (

@@ -30,7 +30,7 @@ MAX_LINE_BYTES = 256 << 20
 PIECE_BYTES = 16 << 20  # a longer document comes in pieces of about this size
 SUFFIXES = (".txt", ".txt.gz", ".txt.xz", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 
-_BUFFER_BYTES = 1 << 18
+_BLOCK_BYTES = 1 << 18
 _BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -166,21 +166,23 @@ class Documents:
         self.stats.bad += 1
 
     def _read_text(self, path: Path, stream: BinaryIO) -> Iterator[Document]:
-        piece = _Piece(line=1)
-        number = 0
-        for number, offset, raw in _lines(path, stream):
-            if raw.rstrip(b"\r\n") == SEPARATOR:
-                if document := self._from_piece(path, piece, last=True):
-                    yield document
-                piece = _Piece(number + 1)
-                continue
-            if piece.can_end_before(raw):
+        piece = None
+        for line, offset, block in _blocks(path, stream):
+            piece = piece or _Piece(line)
+            if piece.can_end_before(block):
                 document = self._from_piece(path, piece, last=False)
-                piece = _Piece(number, continued=piece.continued or document is not None)
+                piece = _Piece(line, continued=piece.continued or document is not None)
                 if document:
                     yield document
-            piece.add(raw, offset)
-        if number == 0:
+            begin = 0
+            for at, end in _separators(block):
+                piece.add(block[begin:at], offset + begin)
+                if document := self._from_piece(path, piece, last=True):
+                    yield document
+                line += block.count(b"\n", begin, end)
+                piece, begin = _Piece(line), end
+            piece.add(block[begin:], offset + begin)
+        if piece is None:
             self._bad(f"{path}: the file is empty; remove it from the data")
         elif piece.size and (document := self._from_piece(path, piece, last=True)):
             yield document
@@ -206,19 +208,24 @@ class Documents:
         return self._document(text, path, piece.line, piece.continued)
 
     def _read_jsonl(self, path: Path, stream: BinaryIO) -> Iterator[Document]:
-        number = 0
-        for number, offset, raw in _lines(path, stream):
-            if not raw.strip():
-                continue
-            try:
-                text = _json_text(raw, offset, self.text_key)
-            except ValueError as error:
-                self._bad(f"{path}:{number}: {error}; mend the line or skip bad documents")
-                continue
-            if document := self._document(text, path, number):
-                yield document
-        if number == 0:
+        empty = True
+        for line, offset, block in _blocks(path, stream):
+            empty = False
+            for raw in io.BytesIO(block):
+                if raw.strip() and (document := self._from_json(raw, path, line, offset)):
+                    yield document
+                line += 1
+                offset += len(raw)
+        if empty:
             self._bad(f"{path}: the file is empty; remove it from the data")
+
+    def _from_json(self, raw: bytes, path: Path, line: int, offset: int) -> Document | None:
+        try:
+            text = _json_text(raw, offset, self.text_key)
+        except ValueError as error:
+            self._bad(f"{path}:{line}: {error}, or skip bad documents")
+            return None
+        return self._document(text, path, line)
 
     def _read_parquet(self, path: Path, raw: BinaryIO) -> Iterator[Document]:
         pyarrow = _pyarrow([path])
@@ -279,9 +286,10 @@ class _Piece:
 
     def can_end_before(self, raw: bytes) -> bool:
         """Whether to cut here: the piece is long, and no run of white space is torn apart."""
-        if self.size < PIECE_BYTES:
+        if self.size < PIECE_BYTES or raw.startswith(SEPARATOR):
             return False
-        clean = not raw[:1].isspace() and not self.parts[-1].isspace()
+        last_line = self.parts[-1][:-1].rpartition(b"\n")[2]
+        clean = not raw[:1].isspace() and last_line.strip() != b""
         return clean or self.size >= 4 * PIECE_BYTES
 
 
@@ -319,27 +327,41 @@ def _pyarrow(files: Sequence[Path]) -> Any:
 
 def _decompressed(raw: BinaryIO, name: str) -> BinaryIO:
     if name.endswith(".gz"):
-        return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER_BYTES))
+        return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw), _BLOCK_BYTES))
     if name.endswith(".xz"):
-        return cast(BinaryIO, io.BufferedReader(lzma.LZMAFile(raw), _BUFFER_BYTES))
+        return cast(BinaryIO, io.BufferedReader(lzma.LZMAFile(raw), _BLOCK_BYTES))
     return raw
 
 
-def _lines(path: Path, stream: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (line number from 1, byte offset, line with its end), without byte order mark."""
-    number = offset = 0
-    while raw := stream.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(raw) > MAX_LINE_BYTES:
+def _blocks(path: Path, stream: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (line number from 1, byte offset, some whole lines), without byte order mark."""
+    line, offset = 1, 0
+    while block := stream.read(_BLOCK_BYTES):
+        if not block.endswith(b"\n"):
+            block += stream.readline(MAX_LINE_BYTES + 1)
+        last = block.rfind(b"\n", 0, len(block) - 1) + 1
+        if len(block) - last > MAX_LINE_BYTES:
+            number = line + block.count(b"\n", 0, last)
             limit = f"{MAX_LINE_BYTES >> 20} MiB"
             raise DataError(
-                f"{path}:{number}: byte {offset}: a line of more than {limit}; break it up"
+                f"{path}:{number}: byte {offset + last}: a line of more than {limit}; break it up"
             )
-        size = len(raw)
-        if number == 1 and raw.startswith(_BOM):
-            offset, raw, size = len(_BOM), raw[len(_BOM) :], size - len(_BOM)
-        yield number, offset, raw
-        offset += size
+        if offset == 0 and block.startswith(_BOM):
+            offset, block = len(_BOM), block[len(_BOM) :]
+        yield line, offset, block
+        line += block.count(b"\n")
+        offset += len(block)
+
+
+def _separators(block: bytes) -> Iterator[tuple[int, int]]:
+    """Yield where the separator lines of ``block`` begin and end."""
+    at = block.find(SEPARATOR)
+    while at >= 0:
+        end = block.find(b"\n", at) + 1 or len(block)
+        starts_line = at == 0 or block[at - 1 : at] == b"\n"
+        if starts_line and block[at:end].rstrip(b"\r\n") == SEPARATOR:
+            yield at, end
+        at = block.find(SEPARATOR, end)
 
 
 def _json_text(raw: bytes, offset: int, key: str) -> str:
@@ -347,26 +369,30 @@ def _json_text(raw: bytes, offset: int, key: str) -> str:
     try:
         record = json.loads(raw.decode())
     except UnicodeDecodeError as error:
-        raise ValueError(f"byte {offset + error.start} is not valid UTF-8") from error
+        raise ValueError(
+            f"byte {offset + error.start} is not valid UTF-8; mend the line"
+        ) from error
     except RecursionError as error:
-        raise ValueError("invalid JSON (nested too deeply)") from error
+        raise ValueError("invalid JSON (nested too deeply); mend the line") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"invalid JSON ({error.msg} at column {error.colno})") from error
+        reason = f"{error.msg} at column {error.colno}"
+        raise ValueError(f"invalid JSON ({reason}); mend the line") from error
     except ValueError as error:  # a number with thousands of digits
-        raise ValueError("invalid JSON (a number is too long)") from error
+        raise ValueError("invalid JSON (a number is too long); mend the line") from error
     if not isinstance(record, dict):
-        raise ValueError(f"a JSON object is expected, not {type(record).__name__}")
+        kind = type(record).__name__
+        raise ValueError(f"a JSON object is expected, not {kind}; mend the line")
     if key not in record:
         keys = ", ".join(map(repr, list(record)[:8])) or "no keys"
-        raise ValueError(f"no key {key!r} (the line has {keys})")
+        raise ValueError(f"no key {key!r} (the line has {keys}); set text_key")
     text = record[key]
     if not isinstance(text, str):
-        raise ValueError(f"the value of {key!r} is {type(text).__name__}, not a string")
+        raise ValueError(f"the value of {key!r} is {type(text).__name__}, not a string; mend it")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
         raise ValueError(
-            f"{code}, half of a surrogate pair, at character {error.start} of the text"
+            f"{code}, half of a surrogate pair, at character {error.start} of the text; mend it"
         ) from error
     return text

@@ -231,10 +231,10 @@ def test_too_little_data():
 
 
 def test_bytes_of():
-    sizes = np.array([0, 1, 3, 5])
+    sizes = np.array([2, 1, 3, 5])
     targets = torch.tensor([[1, -100, 2], [0, 3, 3]])
-    assert bytes_of(targets, sizes) == 14
-    assert bytes_of(targets.numpy(), sizes) == 14
+    assert bytes_of(targets, sizes) == 16
+    assert bytes_of(targets.numpy(), sizes) == 16
     assert bytes_of(torch.full((2, 2), -100), sizes) == 0
 
 

@@ -151,6 +151,7 @@ def test_one_letter_documents(tmp_path):
 
 def test_pieces_become_one_document(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "PIECE_BYTES", 30)
+    monkeypatch.setattr(documents, "_BLOCK_BYTES", 1)
     monkeypatch.setattr(corpus, "_BATCH_DOCUMENTS", 2)
     texts = ["\n".join(f"line {i} of {k}" for i in range(10 * k)) for k in range(1, 9)]
     (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(texts))

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -62,6 +63,13 @@ def test_jsonl_details(tmp_path):
     assert [(d.text, d.line) for d in found] == [("a\r\nb", 1), ("\0\U0001f600", 4)]
 
 
+def test_directories_are_read_in_sorted_order(tmp_path):
+    names = [f"{first}/{i}.txt" for first in "cab" for i in (3, 1, 2, 10)]
+    for name in names:
+        write(tmp_path / name, name)
+    assert texts(tmp_path) == sorted(names)
+
+
 def test_other_key(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"body": "b", "text": "t"}\n')
     assert texts(path, text_key="body") == ["b"]
@@ -94,13 +102,15 @@ TEXT = LINES.map("\n".join).filter(lambda text: text.strip() != "")
 
 
 @settings(deadline=None)
-@given(st.lists(TEXT, min_size=1, max_size=6))
-def test_both_formats_return_what_was_written(tmp_path_factory, written):
+@given(st.lists(TEXT, min_size=1, max_size=6), st.sampled_from([1, 5, 20, 1000]))
+def test_both_formats_return_what_was_written(tmp_path_factory, written, block_bytes):
     folder = tmp_path_factory.getbasetemp() / "roundtrip"
     plain = write(folder / "a.txt", "".join(f"{text}\n{SEPARATOR}" for text in written))
     json_lines = write(folder / "a.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in written))
-    assert texts(plain) == written
-    assert texts(json_lines) == written
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "_BLOCK_BYTES", block_bytes)
+        assert texts(plain) == written
+        assert texts(json_lines) == written
 
 
 BAD_LINES = [
@@ -120,8 +130,10 @@ BAD_LINES = [
 ]
 
 
+@pytest.mark.parametrize("block_bytes", [1, 1 << 18])
 @pytest.mark.parametrize(("line", "reason"), BAD_LINES)
-def test_bad_json_line(tmp_path, line, reason):
+def test_bad_json_line(tmp_path, monkeypatch, block_bytes, line, reason):
+    monkeypatch.setattr(documents, "_BLOCK_BYTES", block_bytes)
     good = b'{"text": "a"}\n'
     path = write(tmp_path / "a.jsonl", good + line + b"\n" + good)
     with pytest.raises(DataError) as caught:
@@ -136,6 +148,7 @@ def test_bad_json_line(tmp_path, line, reason):
     assert stream.stats.bad == 1
 
 
+@pytest.mark.parametrize("block_bytes", [1, 7, 1 << 18])
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -160,7 +173,8 @@ def test_bad_json_line(tmp_path, line, reason):
         ("a.jsonl.xz", b"no xz at all", ": near byte "),
     ],
 )
-def test_bad_file(tmp_path, name, data, message):
+def test_bad_file(tmp_path, monkeypatch, block_bytes, name, data, message):
+    monkeypatch.setattr(documents, "_BLOCK_BYTES", block_bytes)
     path = write(tmp_path / name, data)
     with pytest.raises(DataError) as caught:
         texts(path)
@@ -207,6 +221,7 @@ def test_a_file_that_vanishes(tmp_path):
 
 def test_line_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(documents, "_BLOCK_BYTES", 10)
     assert texts(write(tmp_path / "a.txt", b"a" * 99 + b"\n" + b"b" * 100)) != []
     path = write(tmp_path / "b.txt", b"ok\n" + b"a" * 100 + b"\n")
     with pytest.raises(DataError, match=r"b\.txt:2: byte 3: a line of more than"):
@@ -222,6 +237,7 @@ def test_long_documents_come_in_pieces(tmp_path_factory, lines):
     path = write(tmp_path_factory.getbasetemp() / "long" / "a.txt", f"{text}{SEPARATOR}second")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "PIECE_BYTES", 40)
+        patch.setattr(documents, "_BLOCK_BYTES", 1)
         *pieces, second = read_documents([path])
     assert "".join(p.text for p in pieces) == text.replace("\r\n", "\n").removesuffix("\n")
     assert [p.continued for p in pieces] == [False] + [True] * (len(pieces) - 1)
@@ -231,8 +247,23 @@ def test_long_documents_come_in_pieces(tmp_path_factory, lines):
         assert piece.line == before.line + before.text.count("\n")
 
 
+def test_white_space_is_not_torn_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 10)
+    monkeypatch.setattr(documents, "_BLOCK_BYTES", 1)
+    path = write(tmp_path / "a.txt", "a long line\n  \nx\ny\n")
+    assert texts(path) == ["a long line\n  \nx\n", "y"]
+
+
+def test_a_document_without_a_good_place_to_cut_is_cut_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 10)
+    monkeypatch.setattr(documents, "_BLOCK_BYTES", 1)
+    path = write(tmp_path / "a.txt", " word\n" * 100)
+    assert [len(document.text) for document in read_documents([path])] == [42] * 14 + [11]
+
+
 def test_a_bad_first_piece_does_not_join_its_rest_to_the_document_before(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "PIECE_BYTES", 4)
+    monkeypatch.setattr(documents, "_BLOCK_BYTES", 1)
     path = write(tmp_path / "a.txt", b"one\n<|endoftext|>\n\xffbad\nrest\nmore\n")
     found = list(read_documents([path], on_error="skip"))
     assert [(d.text, d.continued) for d in found] == [
@@ -266,7 +297,7 @@ def test_progress_and_fingerprint(tmp_path):
     assert before == read_documents([a, b]).fingerprint()
     assert before != read_documents([b, a]).fingerprint()
     assert before != read_documents([a, b], text_key="x").fingerprint()
-    write(b, b"xyzw")
+    os.utime(b, ns=(1, 1))
     assert before != stream.fingerprint()
 
 

@@ -143,9 +143,9 @@ WHOLE = layout([5, 6, 7, 999], [2, 4])
         (layout([5], [1])[:12] + b"\3" + layout([5], [1])[13:], "byte 124: the header is damaged"),
         (layout([], []), "byte 24: 0 tokens in 0 documents"),
         (layout([5, 6], []), "byte 24: 2 tokens in 0 documents"),
-        (layout([5, 6], [1, 1]), "byte 136: document ends that do not rise"),
+        (layout([5, 6, 7], [1, 1, 3]), "byte 136: document ends that do not rise"),
         (layout([5, 6], [0, 2]), "byte 136: document ends that do not rise"),
-        (layout([5, 6, 7], [2, 1]), "byte 136: document ends that do not rise"),
+        (layout([5, 6, 7], [2, 1, 3]), "byte 136: document ends that do not rise"),
         (layout([5, 6, 7], [1, 2]), "byte 136: document ends that do not rise"),
         (layout([5, 6], [2], count=1 << 60), "byte 148: 148 bytes, the header promises"),
         (
