@@ -1,1 +1,13 @@
-"""Fused Triton kernels for transformers with a ``torch.nn.functional``-like interface."""
+"""Fused Triton kernels for transformers with a ``torch.nn.functional``-like interface.
+
+Every function runs Triton on CUDA and ROCm tensors, and plain PyTorch arranged for speed on CPU
+tensors; inputs are never written to. ``fastgpt_kernels.modules`` holds ``torch.nn``-like modules,
+``fastgpt_kernels.reference`` the mathematics.
+"""
+
+from fastgpt_kernels.attention import attention
+from fastgpt_kernels.cross_entropy import cross_entropy
+from fastgpt_kernels.linear_cross_entropy import linear_cross_entropy
+from fastgpt_kernels.normalization import layer_norm, rms_norm
+
+__all__ = ["attention", "cross_entropy", "layer_norm", "linear_cross_entropy", "rms_norm"]

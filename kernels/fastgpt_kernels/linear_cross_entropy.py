@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt_kernels import cpu
 from fastgpt_kernels._common import (
     cdiv,
     device_guard,
@@ -105,13 +106,26 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
+def _cpu_fused(input: Tensor, bias: Tensor | None, options: _Options) -> bool:
+    """Whether the CPU path with one pass over the logits covers these options."""
+    plain = bias is None and options[1] == 0.0
+    return plain and not use_triton(input) and input.dtype in (torch.float32, torch.bfloat16)
+
+
 def _losses(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, options: _Options
 ) -> Tensor:
     n_rows, n_cols = input.shape[0], weight.shape[0]
+    weight = weight.to(input.dtype)
     loss = input.new_empty(n_rows, dtype=torch.float32)
     if n_rows == 0:
         return loss
+    if _cpu_fused(input, bias, options):
+        ignore_index, _, z_loss, softcap = options
+        return cpu.linear_cross_entropy_losses(
+            input, weight, target.long(),
+            ignore_index=ignore_index, z_loss=z_loss, softcap=softcap or None,
+        )  # fmt: skip
     step = chunk_rows(n_rows, n_cols)
     buffer = _logits_buffer(input, weight, min(step, n_rows))
     for start in range(0, n_rows, step):
@@ -135,11 +149,19 @@ def _gradients(
     Gradients of input, weight and bias that ``needs`` does not ask for are empty.
     """
     n_rows, n_cols = input.shape[0], weight.shape[0]
+    weight = weight.to(input.dtype)
     loss = input.new_empty(n_rows, dtype=torch.float32)
     dinput = input.new_empty(input.shape if needs[0] else 0)
     dweight = input.new_zeros(weight.shape if needs[1] else 0, dtype=torch.float32)
     dbias = input.new_zeros(n_cols if needs[2] else 0, dtype=torch.float32)
     if n_rows == 0:
+        return loss, dinput, dweight, dbias
+    if needs[0] and needs[1] and _cpu_fused(input, bias, options):
+        ignore_index, _, z_loss, softcap = options
+        loss, dinput, dweight = cpu.linear_cross_entropy_gradients(
+            grad, input, weight, target.long(),
+            ignore_index=ignore_index, z_loss=z_loss, softcap=softcap or None,
+        )  # fmt: skip
         return loss, dinput, dweight, dbias
     step = chunk_rows(n_rows, n_cols)
     buffer = _logits_buffer(input, weight, min(step, n_rows))
@@ -304,9 +326,11 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"linear_cross_entropy: linear_bias must be ({weight.shape[0]},), "
             f"got shape {tuple(bias.shape)}"
         )
-    if input.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+    same = weight.dtype in (input.dtype, torch.float32)
+    if not same or (bias is not None and bias.dtype != input.dtype):
         raise ValueError(
-            "linear_cross_entropy: input, linear_weight and linear_bias must share a dtype, got "
+            "linear_cross_entropy: linear_weight must have the dtype of input or be float32, "
+            "linear_bias that of input; got "
             f"{input.dtype}, {weight.dtype}{'' if bias is None else f', {bias.dtype}'}"
         )
 
@@ -330,7 +354,8 @@ def linear_cross_entropy(
 
     Args:
         input_ND: hidden states (N, D), float32, float16 or bfloat16.
-        linear_weight_VD: weight of the output layer (V, D), same dtype.
+        linear_weight_VD: weight of the output layer (V, D), same dtype, or float32: a master
+            weight, which is cast to the input's dtype and gets a float32 gradient.
         target_N: class indices (N,), any integer dtype.
         linear_bias: bias of the output layer (V,), same dtype.
         ignore_index: see ``cross_entropy``, as the rest.
