@@ -104,7 +104,8 @@ class Documents:
         self.text_key = text_key
         self.on_error = on_error
         self.stats = ReadStats()
-        self.bytes_total = sum(file.stat().st_size for file in files)
+        self._sizes = [_stat(file).st_size for file in files]
+        self.bytes_total = sum(self._sizes)
         self._bytes_before = 0
         self._raw: BinaryIO | None = None
 
@@ -116,7 +117,7 @@ class Documents:
 
     def fingerprint(self) -> dict:
         """Return what decides the documents, as JSON: the files with size and time, the options."""
-        stats = [(str(file.absolute()), file.stat()) for file in self.files]
+        stats = [(str(file.absolute()), _stat(file)) for file in self.files]
         sources = [
             {"path": path, "bytes": s.st_size, "mtime_ns": s.st_mtime_ns} for path, s in stats
         ]
@@ -126,11 +127,11 @@ class Documents:
         self.stats = ReadStats()
         self._bytes_before = 0
         found = False
-        for file in self.files:
+        for file, size in zip(self.files, self._sizes, strict=True):
             for document in self._read(file):
                 found = True
                 yield document
-            self._bytes_before += file.stat().st_size
+            self._bytes_before += size
         if not found:
             names = ", ".join(str(file) for file in self.files[:3])
             left_out = f"{self.stats.empty} empty and {self.stats.bad} bad ones left out"
@@ -313,6 +314,13 @@ def _files_of(path: Path) -> list[Path]:
             f"{path}: unknown kind of file; rename or convert to {', '.join(SUFFIXES)}"
         )
     return [path]
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot open: {error.strerror}; check the path") from error
 
 
 def _pyarrow(files: Sequence[Path]) -> Any:

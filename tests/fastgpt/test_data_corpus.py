@@ -72,7 +72,7 @@ def check_counts(data, train, val):
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(0, 99), st.integers(20, 60), st.sampled_from([0.1, 0.3, 0.5]))
+@given(st.integers(0, 99), st.integers(60, 120), st.sampled_from([0.1, 0.3, 0.5]))
 def test_documents_are_dealt_whole_and_in_order(tmp_path_factory, seed, n, val_fraction):
     texts = [f"{i:03d} é".ljust(8 + (i * 7 + seed) % 5) for i in range(n)]
     folder = tmp_path_factory.getbasetemp() / "dealt"

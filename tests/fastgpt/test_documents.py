@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt import documents
-from fastgpt.documents import Document, embedded_text, read_documents
+from fastgpt.documents import Document, Documents, embedded_text, read_documents
 from fastgpt.errors import DataError, UsageError
 
 SEPARATOR = "<|endoftext|>\n"
@@ -215,8 +215,9 @@ def test_a_file_that_vanishes(tmp_path):
     path = write(tmp_path / "a.txt", b"x")
     stream = read_documents([path])
     path.unlink()
-    with pytest.raises(DataError, match="cannot open: No such file"):
-        list(stream)
+    for use in (list, Documents.fingerprint):
+        with pytest.raises(DataError, match="cannot open: No such file"):
+            use(stream)
 
 
 def test_line_limit(tmp_path, monkeypatch):
