@@ -3,9 +3,9 @@
 ``python bench/bench_train.py`` prints the comparison and writes it with ``--save``; ``pytest
 bench/bench_train.py`` times our step alone, after checking its loss, for regressions.
 
-Every figure is tokens/s of forward + backward + clipping + optimizer, the median over the steps of a fresh
-process; the contenders take turns, so that a drift of the machine meets all of them, and the ratios are
-taken round by round. Contenders, each as its users start it:
+Every figure is tokens/s of forward + backward + clipping + optimizer, the median over the steps of
+a fresh process; the contenders take turns, so that a drift of the machine meets all of them, and
+the ratios are taken round by round. Contenders, each as its users start it:
 
     fastgpt         `fastgpt.trainer.train`, nothing set by hand
     plain-fp32      a GPT-2 in plain PyTorch, float32, eager: what nanoGPT's default does on a CPU
@@ -170,12 +170,14 @@ def run_peer(name: str, vocab_size: int, steps: int) -> dict:
 
 
 def worker(name: str, vocab_size: int, steps: int) -> None:
-    result = run_fastgpt(vocab_size, steps) if name == "fastgpt" else run_peer(name, vocab_size, steps)
+    result = (
+        run_fastgpt(vocab_size, steps) if name == "fastgpt" else run_peer(name, vocab_size, steps)
+    )
     print(json.dumps(result))
 
 
 def measure(name: str, vocab_size: int, steps: int) -> float:
-    """Tokens/s of one contender in a process of its own; its losses must be those of a GPT that learns."""
+    """Tokens/s of one contender in a process of its own, after checking that it learns."""
     env = dict(os.environ)
     if name.endswith("-tuned"):
         large = str(32 << 30)
@@ -240,7 +242,10 @@ def main() -> None:
     import torch
 
     results = {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+        },
         "torch": torch.__version__,
         "shape": {**SHAPE, "T": T, "B": B},
         "vocab": {},

@@ -75,7 +75,7 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
 
 
 def from_tree(kind: type[C], tree: Mapping[str, Any], where: str) -> C:
-    """Build dataclass ``kind`` from nested mappings. Raises UsageError with a suggestion for a typo."""
+    """Build dataclass ``kind`` from nested mappings. Raises UsageError, with a hint for typos."""
     hints = get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     values: dict[str, Any] = {}
@@ -112,7 +112,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
 
 
 def to_tree(config: Any, *, skip: Sequence[str] = NOT_SAVED) -> dict[str, Any]:
-    """Nested plain values of a configuration; fields that are None and those in ``skip`` left out."""
+    """Nested plain values of a configuration, without those that are None or in ``skip``."""
     tree: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -162,9 +162,7 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[], int]:
         except Exception as error:
             if type(error).__name__ != "OutOfMemoryError" or "--debug" in sys.argv:
                 raise
-            return _report(
-                "out of device memory: lower --micro-batch, --seq-len or the model", 5
-            )
+            return _report("out of device memory: lower --micro-batch, --seq-len or the model", 5)
         return 0
 
     return run

@@ -1,8 +1,8 @@
 """Every option of every part as a frozen dataclass, without importing torch.
 
-They live in one file, and not in the files that use them, for one reason: ``--help`` and ``--dry-run``
-must answer at once, and a file that defines an ``nn.Module`` cannot be read without loading torch.
-Doc strings below the fields are what ``--help`` prints.
+They live in one file, and not in the files that use them, for one reason: ``--help`` must
+answer at once, and a file that defines an ``nn.Module`` cannot be read without loading
+torch. Doc strings below the fields are what ``--help`` prints.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 from fastgpt.errors import UsageError
-
 
 MAX_PARAMS = 10**13
 
@@ -57,7 +56,8 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raise UsageError for a shape that no model can have."""
-        for name in ("n_layer", "n_head", "n_embd", "vocab_size", "context", "attn_dim", "kv_heads"):
+        sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "context", "attn_dim", "kv_heads")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise UsageError(f"model: {name} is {getattr(self, name)}; it must be at least 1")
         if self.head_dim is None and self.n_embd % self.n_head:
@@ -105,7 +105,7 @@ class ModelConfig:
         return total + (self.context * C if self.position == "learned" else 0)
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Training FLOPs (forward + backward) a token: 6 N_matmul + 12 L H D T (PaLM, appendix B)."""
+        """FLOPs a token, forward and backward: 6 N_matmul + 12 L H D T (PaLM, appendix B)."""
         C, D = self.n_embd, self.attn_dim
         per_layer = C * (self.n_head + 2 * self.kv_heads) * D + self.n_head * D * C
         per_layer += (3 if self.mlp == "swiglu" else 2) * C * self.ff_dim
@@ -162,7 +162,7 @@ class DataConfig:
     """What to train on, and how text becomes ids."""
 
     data: tuple[Path, ...] = ()
-    """Files or directories (.txt, .jsonl, .parquet, also .gz or .xz); default: the embedded text."""
+    """Files or directories (.txt, .jsonl, .parquet, .gz, .xz); default: the embedded text."""
     text_key: str = "text"
     """Key of the text in .jsonl and .parquet files."""
     on_bad_data: Literal["error", "skip"] = "error"

@@ -56,8 +56,8 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 def world(device_name: str) -> Iterator[World]:
     """Join the process group that torchrun describes, or be alone; leave it in a safe order.
 
-    Gloo aborts the process now and then when objects that hold communicators outlive the group, so the
-    end waits for everybody and collects garbage first.
+    Gloo aborts the process now and then when objects that hold communicators outlive the group, so
+    the end waits for everybody and collects garbage first.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

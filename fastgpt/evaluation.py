@@ -1,4 +1,4 @@
-"""Validation loss in nats per token and in bits per byte of text, which no tokenizer can improve."""
+"""Validation loss in nats per token, and in bits per byte, which compares across tokenizers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from fastgpt.data import IGNORE_INDEX, MicroBatch, bytes_of
 from fastgpt.distributed import World
 from fastgpt.model import GPT
-from fastgpt.trainer import LossFn
+from fastgpt.trainer import LossFn, to_device
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def evaluate_loss(
         targets = batch["targets_BT"]
         count = int((targets != IGNORE_INDEX).sum())
         if count:
-            loss += loss_fn(model, {k: v.to(world.device) for k, v in batch.items()})
+            loss += loss_fn(model, to_device(batch, world.device))
         tokens += count
         text_bytes += bytes_of(targets, bytes_per_id)
     total, tokens, text_bytes = world.sum([loss.item(), tokens, text_bytes])

@@ -1,4 +1,4 @@
-"""Continue prompts with a trained model: ``python -m fastgpt.generate --run runs/x --prompt "..."``."""
+"""Continue prompts: ``python -m fastgpt.generate --run runs/x --prompt "..."``."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """Yield the next id of every prompt, None for rows that are done, until all are.
 
-    Prompts of different length share a batch: shorter ones are padded on the left and the padding is
-    never attended to, so a row does not depend on its neighbours (up to rounding). Each row draws from
-    a generator of its own, seeded by (seed, row).
+    Prompts of different length share a batch: shorter ones are padded on the left and the padding
+    is never attended to, so a row does not depend on its neighbours (up to rounding). Each row
+    draws from a generator of its own, seeded by (seed, row).
 
     Raises:
         UsageError: an empty prompt, or one that leaves no room in the model's context.
@@ -112,7 +112,9 @@ def stream(
     padded = [[0] * (length - len(p)) + list(p) for p in prompts]
     tokens_BT = torch.tensor(padded, dtype=torch.int64, device=device)
     n_new = min(sampling.max_new_tokens, room)
-    generators = [torch.Generator().manual_seed(sampling.seed + 7919 * i) for i in range(len(prompts))]
+    generators = [
+        torch.Generator().manual_seed(sampling.seed + 7919 * i) for i in range(len(prompts))
+    ]
     done = [False] * len(prompts)
     stance = torch.compiler.set_stance("force_eager")  # every length would be compiled anew
     with torch.no_grad(), stance:
@@ -167,7 +169,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = list(config.prompt) or [sys.stdin.read()]
     ids = [tokenizer.encode(text) for text in prompts]
     stop_ids = (tokenizer.eot_id,)
-    for text, new in zip(prompts, generate(model, ids, config.sampling, stop_ids=stop_ids), strict=True):
+    for text, new in zip(
+        prompts, generate(model, ids, config.sampling, stop_ids=stop_ids), strict=True
+    ):
         continuation = tokenizer.decode(new)
         for mark in config.stop:
             continuation = continuation.partition(mark)[0]

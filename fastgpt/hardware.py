@@ -27,7 +27,7 @@ _GPU_PEAK = {
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of activations: ``name``, or for "auto" bfloat16 where the hardware multiplies it."""
+    """The dtype of activations; "auto" is bfloat16 where the hardware multiplies it."""
     if name == "float32" or (name == "auto" and not has_bfloat16(device)):
         return torch.float32
     return torch.bfloat16

@@ -1,16 +1,15 @@
-"""Keep freed memory in the process: glibc hands large blocks back and pays a page fault for each page.
+"""Keep freed memory in the process: glibc hands large blocks back and pays a page fault for each
+page.
 
 A training step allocates and frees the same gigabytes again and again. By default glibc maps every
-block above 32 MB afresh and trims the heap, so that each step faults in, and the kernel zeroes, every
-page anew; that was a third of the step (docs/LOG.md). Raised thresholds keep the pages, and a heap
-reserved at once can be backed by huge pages.
+block above 32 MB afresh and trims the heap, so that each step faults in, and the kernel zeroes,
+every page anew; that was a third of the step (docs/LOG.md). Raised thresholds keep the pages, and a
+heap reserved at once can be backed by huge pages.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import mmap
 import os
 import sys
 

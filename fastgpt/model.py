@@ -3,8 +3,9 @@
 Shape suffixes: B sequences, T new tokens, S keys (cached and new), C n_embd, H query heads,
 K key/value heads, D width of a head, V vocabulary.
 
-Precision is explicit: parameters are float32, activations have ``GPT.compute_dtype``, and each `Linear`
-casts its weight on use. Norm statistics, softmax and losses are float32 inside the kernels.
+Precision is explicit: parameters are float32, activations have ``GPT.compute_dtype``, and each
+`Linear` casts its weight on use. Norm statistics, softmax and losses are float32 inside the
+kernels.
 """
 
 from __future__ import annotations
@@ -17,9 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt.config import ModelConfig
-from fastgpt_kernels import cpu
-from fastgpt_kernels.attention import attention
-from fastgpt_kernels.normalization import layer_norm, rms_norm
+from fastgpt_kernels import attention, cpu, layer_norm, rms_norm
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -53,7 +52,8 @@ class Norm(nn.Module):
 class KVCache:
     """Keys and values of the tokens so far, preallocated; each call of the model appends to it.
 
-    ``start_B`` is the first real position of a row: prompts of different length are padded on the left.
+    ``start_B`` is the first real position of a row: prompts of different length are padded on the
+    left.
     """
 
     def __init__(self, model: GPT, batch_size: int, capacity: int, start_B: Tensor):
@@ -165,8 +165,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Token ids (B, T) -> final hidden states (B, T, C).
 
-    The loss functions multiply by `head_weight` themselves (`linear_cross_entropy`), so that logits of
-    all positions never exist at once; `logits` is for generation.
+    The loss functions multiply by `head_weight` themselves (`linear_cross_entropy`), so that logits
+    of all positions never exist at once; `logits` is for generation.
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):

@@ -1,7 +1,7 @@
 """AdamW for embeddings, gains and biases; Muon for the hidden matrices when asked.
 
-Both are PyTorch's own. Here is which parameter goes where, one learning-rate multiplier over both, and
-a flat dictionary of tensors as their state, so that a checkpoint needs no pickle.
+Both are PyTorch's own. Here is which parameter goes where, one learning-rate multiplier over both,
+and a flat dictionary of tensors as their state, so that a checkpoint needs no pickle.
 """
 
 from __future__ import annotations
@@ -12,6 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.config import OptimConfig
+from fastgpt.errors import DataError
+
+_MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
 
 
 class Optimizers:
@@ -22,7 +28,7 @@ class Optimizers:
         hidden = {n for n, p in named.items() if p.dim() == 2 and n.startswith("blocks.")}
         muon = hidden if config.optimizer == "muon" else set[str]()
         rest = {name: p for name, p in named.items() if name not in muon}
-        self._names = {p: name for name, p in named.items()}
+        self._names: dict[Tensor, str] = {p: name for name, p in named.items()}
         self._optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
                 [
@@ -46,9 +52,7 @@ class Optimizers:
                     adjust_lr_fn="match_rms_adamw",
                 )
             )
-        self._groups = [
-            (group, group["lr"]) for o in self._optimizers for group in o.param_groups
-        ]
+        self._groups = [(group, group["lr"]) for o in self._optimizers for group in o.param_groups]
 
     def step(self, lr_multiplier: float) -> None:
         """Update the parameters with the peak learning rates times ``lr_multiplier``."""
@@ -73,11 +77,23 @@ class Optimizers:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state_tensors` returned."""
+        """Put back what `state_tensors` returned. Raises DataError for another optimizer's state."""
         parameters = {name: p for p, name in self._names.items()}
         owners = {
             p: o for o in self._optimizers for group in o.param_groups for p in group["params"]
         }
+        expected = {
+            f"{self._names[p]}/{moment}": torch.Size() if moment == "step" else p.shape
+            for p, optimizer in owners.items()
+            for moment in _MOMENTS[type(optimizer)]
+        }
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        if found and found != expected:  # empty before the first update
+            name = min(name for name, _ in found.items() ^ expected.items())
+            raise DataError(
+                f"the optimizer state does not fit at {name}; go on with the --optimizer and the "
+                "model of that run"
+            )
         for name, tensor in tensors.items():
             parameter, _, key = name.rpartition("/")
             p = parameters[parameter]

@@ -17,9 +17,9 @@ def print_plan(config: PretrainConfig) -> None:
 
 def plan(config: PretrainConfig) -> dict[str, str]:
     """The figures of the run as text, each with its unit; estimates say so."""
+    from fastgpt.distributed import World, pick_device
     from fastgpt.hardware import compute_dtype, peak_flops
     from fastgpt.pretrain import batch_shape
-    from fastgpt.distributed import World, pick_device
 
     model, settings = config.model, config.train
     device = pick_device(settings.device, 0)
@@ -51,7 +51,8 @@ def plan(config: PretrainConfig) -> dict[str, str]:
 def training_bytes(config: PretrainConfig, micro: int, itemsize: int) -> int:
     """Weights, gradients and moments in float32, and the activations of one micro-batch.
 
-    Activations a layer: about 10 widths of C and 2 to 3 of the MLP a token are kept for the backward.
+    Activations a layer: about 10 widths of C and 2 to 3 of the MLP a token are kept for the
+    backward.
     """
     model = config.model
     seq_len = config.train.seq_len or model.context

@@ -1,11 +1,12 @@
 """Named models with their training recipes. Shapes are those of the papers named in each family.
 
-A preset is a tree of overrides in the form of a run's config.toml. `CPU` and `GPU` are what ``--preset
-auto`` chooses between.
+A preset is a tree of overrides in the form of a run's config.toml. `CPU` and `GPU` are what
+``--preset auto`` chooses between.
 """
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def _gpt2(n_layer: int, n_head: int, n_embd: int, lr: float, **model: Any) -> Ov
 
 
 def _gpt3(n_layer: int, n_head: int, n_embd: int, lr: float, **model: Any) -> Overrides:
-    """Every second layer is locally banded (the paper names no width; 256 of the Sparse Transformer)."""
+    """Every second layer is locally banded; the paper names no width, 256 is ours."""
     return _gpt2(n_layer, n_head, n_embd, lr, context=2048, window=256, **model)
 
 
@@ -52,7 +53,13 @@ def _llama(n_layer: int, n_head: int, n_embd: int, d_ff: int, lr: float) -> Over
 
 def _palm(n_layer: int, n_head: int, n_embd: int) -> Overrides:
     """Chowdhery et al. 2022 (arXiv:2204.02311), table 1: heads of 256, one key/value head."""
-    shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "n_kv_head": 1, "head_dim": 256}
+    shape = {
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "n_embd": n_embd,
+        "n_kv_head": 1,
+        "head_dim": 256,
+    }
     family = {"norm": "layer_norm", "mlp": "swiglu", "position": "rotary", "parallel": True}
     return {
         "model": {"vocab_size": 256000, "context": 2048, "tied": True, "init": "gpt2"}
@@ -124,10 +131,12 @@ PRESETS: dict[str, Overrides] = {
 
 
 def overrides(name: str) -> Overrides:
-    """The overrides of preset ``name``; "auto" picks by whether the machine has a GPU device file."""
+    """The overrides of preset ``name``; "auto" looks for the device file of a GPU."""
     if name == "auto":
         has_gpu = any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/kfd"))
         name = GPU if has_gpu else CPU
     if name not in PRESETS:
-        raise UsageError(f"--preset {name}: no such preset; there are {', '.join(PRESETS)}")
+        close = difflib.get_close_matches(name, PRESETS, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(PRESETS)}"
+        raise UsageError(f"--preset {name}: no such preset; {hint}")
     return PRESETS[name]

@@ -1,7 +1,7 @@
 """Stage 1: train a base model. ``python -m fastgpt.pretrain --data my.txt --out runs/base``.
 
-Without ``--data`` it trains on the text that comes with the package. Everything of a run lies in its
-directory; ``--resume RUN`` goes on with it.
+Without ``--data`` it trains on the text that comes with the package. Everything of a run lies in
+its directory; ``--resume RUN`` goes on with it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from fastgpt import cli
 from fastgpt.config import PretrainConfig
-from fastgpt.rundir import RunDir
-from fastgpt.rundir import write_atomic
+from fastgpt.rundir import RunDir, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,8 +63,13 @@ def pretrain(config: PretrainConfig, world: World) -> None:
     """Prepare data and model, train, evaluate, sample, report."""
     import torch
 
-    from fastgpt.data import PackedDataset, check_batches, open_shard, step_batches
-    from fastgpt.data import validation_batches
+    from fastgpt.data import (
+        PackedDataset,
+        check_batches,
+        open_shard,
+        step_batches,
+        validation_batches,
+    )
     from fastgpt.evaluation import evaluate_loss
     from fastgpt.hardware import compute_dtype
     from fastgpt.model import GPT
@@ -89,9 +93,7 @@ def pretrain(config: PretrainConfig, world: World) -> None:
     train_set, val_set = (PackedDataset([s], seq_len, seed=settings.seed) for s in shards)
     batch_size, micro = batch_shape(config, world)
     masking = {"mask_documents": config.data.mask_documents, "eot_id": tokenizer.eot_id}
-    check_batches(
-        train_set, batch_size=batch_size, micro_batch_size=micro, world_size=world.size
-    )
+    check_batches(train_set, batch_size=batch_size, micro_batch_size=micro, world_size=world.size)
 
     torch.manual_seed(settings.seed)
     model = GPT(config.model, compute_dtype(settings.dtype, world.device)).to(world.device)
@@ -180,11 +182,10 @@ def finish(
     for sample in samples:
         print(f"\n> {sample['prompt']}|{sample['text']}")
     report = write_report(run, samples, cli.to_tree(config), environment())
-    print(
-        f"\nval loss {evaluation['val_loss']:.4f} nats/token, {evaluation['val_bpb']:.4f} bits/byte\n"
-        f"run {run.path}, report {report}\n"
-        f'try: python -m fastgpt.generate --run {run.path} --prompt "Once upon a time"'
-    )
+    loss, bits = evaluation["val_loss"], evaluation["val_bpb"]
+    print(f"\nval loss {loss:.4f} nats/token, {bits:.4f} bits/byte")
+    print(f"run {run.path}, report {report}")
+    print(f'try: python -m fastgpt.generate --run {run.path} --prompt "Once upon a time"')
 
 
 if __name__ == "__main__":

@@ -76,9 +76,7 @@ def prepare_data(
     return tokenizer, data
 
 
-def _tokenizer(
-    config: DataConfig, vocab_size: int, documents: Documents, run: RunDir
-) -> Tokenizer:
+def _tokenizer(config: DataConfig, vocab_size: int, documents: Documents, run: RunDir) -> Tokenizer:
     if run.tokenizer_path.is_file() or (run.path / _SENTENCEPIECE).is_file():
         return load_tokenizer(run)
     if config.tokenizer is not None:

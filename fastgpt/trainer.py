@@ -1,8 +1,8 @@
 """The one training loop. A stage brings a model, batches, a loss and an evaluation.
 
-Loss functions return the *sum* over a micro-batch's targets. The loop divides by the number of targets of
-the whole step, over micro-batches and processes, so accumulation and data parallelism change nothing but
-the order of additions.
+Loss functions return the *sum* over a micro-batch's targets. The loop divides by the number of
+targets of the whole step, over micro-batches and processes, so accumulation and data parallelism
+change nothing but the order of additions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from fastgpt.checkpoint import (
     set_rng_state,
 )
 from fastgpt.config import OptimConfig, TrainConfig
-from fastgpt.data import IGNORE_INDEX
+from fastgpt.data import IGNORE_INDEX, MicroBatch
 from fastgpt.distributed import World
 from fastgpt.errors import DataError, DivergedError, Preempted
 from fastgpt.hardware import peak_flops
@@ -39,9 +39,9 @@ from fastgpt.optim import Optimizers, clip_gradients
 from fastgpt.progress import Progress
 from fastgpt.rundir import MetricsLog, RunDir
 
-Batch = Mapping[str, Tensor]
+Batch = MicroBatch | Mapping[str, Tensor]
 Batches = Callable[[int], Sequence[Batch]]
-"""Optimizer step (from 0) -> this process's micro-batches; ``targets_BT`` holds -100 where ignored."""
+"""Optimizer step (from 0) -> this process's micro-batches; ``targets_BT`` is -100 where ignored."""
 LossFn = Callable[[GPT, Batch], Tensor]
 """Sum of the losses of a micro-batch's targets, float32, 0-d."""
 Evaluate = Callable[[], dict[str, float]]
@@ -68,7 +68,7 @@ class Result:
 
 
 class _LossModule(nn.Module):
-    """Model and loss as one module, so that DistributedDataParallel sees every use of a parameter."""
+    """Model and loss as one module: DistributedDataParallel sees every use of a parameter."""
 
     def __init__(self, model: GPT, loss_fn: LossFn):
         super().__init__()
@@ -87,7 +87,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def listen_for_stop() -> Iterator[StopRequest]:
-    """SIGTERM and SIGINT ask the loop to save and end after its step; a second SIGINT ends at once."""
+    """SIGTERM and SIGINT ask the loop to save and end; a second SIGINT ends at once."""
     stop = StopRequest()
 
     def handle(signum: int, _frame: Any) -> None:
@@ -173,6 +173,12 @@ def train(
         return Result(loop.state, values)
 
 
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of ``batch`` on ``device``."""
+    tensors = cast(Mapping[str, Tensor], batch)
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
 def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
 
@@ -211,7 +217,8 @@ class _Loop:
                 block.compile()
         module = _LossModule(model, loss_fn)
         gpu_ids = [world.device] if world.device.type == "cuda" else None
-        self.module = DistributedDataParallel(module, gpu_ids) if world.size > 1 else module
+        self.ddp = DistributedDataParallel(module, gpu_ids) if world.size > 1 else None
+        self.module = self.ddp or module
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of a checkpoint."""
@@ -243,20 +250,15 @@ class _Loop:
         self.state.step += 1
         self.state.tokens += int(n_targets)
         seconds = time.perf_counter() - start
-        return _Stats(
-            loss / n_targets, grad_norm, multiplier, int(n_targets), seconds, bool(asked)
-        )
+        return _Stats(loss / n_targets, grad_norm, multiplier, int(n_targets), seconds, bool(asked))
 
     def _backward(self, batch: Sequence[Batch], scale: float) -> float:
         """Accumulate gradients of ``scale`` x loss; return this process's summed loss."""
         total = torch.zeros((), device=self.world.device)
         for i, micro in enumerate(batch):
-            more = i + 1 < len(batch) and isinstance(self.module, DistributedDataParallel)
-            with self.module.no_sync() if more else contextlib.nullcontext():
-                on_device = {
-                    k: v.to(self.world.device, non_blocking=True) for k, v in micro.items()
-                }
-                loss = self.module(on_device)
+            more = self.ddp if i + 1 < len(batch) else None
+            with more.no_sync() if more else contextlib.nullcontext():
+                loss = self.module(to_device(micro, self.world.device))
                 (loss * scale).backward()
             total += loss.detach()
         return total.item()
@@ -266,9 +268,9 @@ class _Loop:
         self.state.skipped_in_row += 1
         if self.state.skipped_in_row >= self.config.skip_budget:
             raise DivergedError(
-                f"step {self.state.step + 1}: loss {loss} or gradient norm {grad_norm} is not finite, "
-                f"{self.state.skipped_in_row} steps in a row; resume an earlier checkpoint with a "
-                "lower --lr, or look at the data of these steps"
+                f"step {self.state.step + 1}: loss {loss} or gradient norm {grad_norm} is not "
+                f"finite, {self.state.skipped_in_row} steps in a row; resume an earlier checkpoint "
+                "with a lower --lr, or look at the data of these steps"
             )
 
 
