@@ -51,17 +51,22 @@ std::string_view text_view(py::handle text) {
 // A numpy array over the memory of the buffer; narrow ones are packed to uint16 in place.
 py::array to_numpy(TokenBuffer& buffer, bool narrow) {
   const std::size_t size = buffer.size();
-  if (size == 0)
+  if (size == 0) {
     return narrow ? py::array(py::dtype::of<std::uint16_t>(), 0)
                   : py::array(py::dtype::of<std::uint32_t>(), 0);
-  std::uint32_t* const data = buffer.release();
-  const py::capsule owner(data, [](void* memory) { std::free(memory); });
-  if (!narrow) return py::array_t<std::uint32_t>(static_cast<py::ssize_t>(size), data, owner);
-  auto* const bytes = reinterpret_cast<unsigned char*>(data);
+  }
+  if (!narrow) {
+    std::uint32_t* const data = buffer.release(size * sizeof(std::uint32_t));
+    const py::capsule owner(data, [](void* memory) { std::free(memory); });
+    return py::array_t<std::uint32_t>(static_cast<py::ssize_t>(size), data, owner);
+  }
+  auto* const bytes = reinterpret_cast<unsigned char*>(buffer.data());
   for (std::size_t i = 0; i < size; ++i) {
-    const auto id = static_cast<std::uint16_t>(data[i]);
+    const auto id = static_cast<std::uint16_t>(buffer.data()[i]);
     std::memcpy(bytes + 2 * i, &id, sizeof id);
   }
+  void* const data = buffer.release(size * sizeof(std::uint16_t));
+  const py::capsule owner(data, [](void* memory) { std::free(memory); });
   return py::array(py::dtype::of<std::uint16_t>(), {size}, {sizeof(std::uint16_t)}, data, owner);
 }
 

@@ -28,8 +28,37 @@ struct CharTables {
 
 extern const CharTables kCharTables;
 
+inline bool is_continuation(std::uint8_t byte) { return (byte & 0xC0) == 0x80; }
+
+inline CharClass class_of(std::uint32_t cp) {
+  return kCharTables.cls[kCharTables.block[cp >> 8]][cp & 0xFF];
+}
+
+inline constexpr CharInfo kInvalid{CharClass::kOther, 1};
+
 // Class and length of a character that starts with a byte >= 0x80. Needs p < end.
-CharInfo classify_multibyte(const std::uint8_t* p, const std::uint8_t* end);
+inline CharInfo classify_multibyte(const std::uint8_t* p, const std::uint8_t* end) {
+  const std::uint32_t lead = p[0];
+  const auto left = end - p;
+  if (lead < 0xC2) return kInvalid;  // a continuation byte, or an overlong form
+  if (lead < 0xE0) {
+    if (left < 2 || !is_continuation(p[1])) return kInvalid;
+    return {class_of((lead & 0x1F) << 6 | (p[1] & 0x3Fu)), 2};
+  }
+  if (lead < 0xF0) {
+    if (left < 3 || !is_continuation(p[1]) || !is_continuation(p[2])) return kInvalid;
+    const std::uint32_t cp = (lead & 0x0F) << 12 | (p[1] & 0x3Fu) << 6 | (p[2] & 0x3Fu);
+    if (cp < 0x800 || (cp >= 0xD800 && cp < 0xE000)) return kInvalid;
+    return {class_of(cp), 3};
+  }
+  if (left < 4 || !is_continuation(p[1]) || !is_continuation(p[2]) || !is_continuation(p[3])) {
+    return kInvalid;
+  }
+  const std::uint32_t cp =
+      (lead & 0x07) << 18 | (p[1] & 0x3Fu) << 12 | (p[2] & 0x3Fu) << 6 | (p[3] & 0x3Fu);
+  if (lead > 0xF4 || cp < 0x10000 || cp > 0x10FFFF) return kInvalid;
+  return {class_of(cp), 4};
+}
 
 // Class and length of the character at p. Needs p < end.
 inline CharInfo classify(const std::uint8_t* p, const std::uint8_t* end) {

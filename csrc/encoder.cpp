@@ -30,7 +30,7 @@ void check_limits(const Vocabulary& vocabulary) {
 
 }  // namespace
 
-EncodeState::EncodeState() : short_pieces(16), long_pieces(14) {}
+EncodeState::EncodeState() : short_pieces(17), long_pieces(15) {}
 
 Encoder::Encoder(Vocabulary vocabulary)
     : vocabulary_((check_limits(vocabulary), std::move(vocabulary))), merges_(vocabulary_.merges) {
@@ -121,36 +121,64 @@ void Encoder::encode(std::string_view text, EncodeState& state, TokenBuffer& out
                [&](auto pattern) { encode_pieces<decltype(pattern)::value>(text, state, out); });
 }
 
+// In two steps over a few pieces at a time, so that the places in the caches are on their way from
+// memory while the next pieces are being cut.
 template <Pattern kPattern>
 void Encoder::encode_pieces(std::string_view text, EncodeState& state, TokenBuffer& out) const {
+  using ShortCache = EncodeState::ShortCache;
+  using LongCache = EncodeState::LongCache;
+  struct Piece {
+    const std::uint8_t* begin;
+    std::size_t length;
+    std::size_t place;
+    union {
+      ShortCache::Key short_key;
+      LongCache::Key long_key;
+    };
+  };
+  constexpr int kBatch = 32;
+  Piece batch[kBatch];
   const auto* p = reinterpret_cast<const std::uint8_t*>(text.data());
   const auto* const end = p + text.size();
   while (p < end) {
-    const std::uint8_t* const next = next_piece<kPattern>(p, end);
-    const auto length = static_cast<std::size_t>(next - p);
-    if (length <= decltype(state.short_pieces)::kMaxLength) {
-      encode_cached(p, length, end, state.short_pieces, state, out);
-    } else if (length <= decltype(state.long_pieces)::kMaxLength) {
-      encode_cached(p, length, end, state.long_pieces, state, out);
-    } else {
-      merge_piece(p, length, state, out);
+    int count = 0;
+    for (; count < kBatch && p < end; ++count) {
+      Piece& piece = batch[count];
+      const std::uint8_t* const next = next_piece<kPattern>(p, end);
+      piece.begin = p;
+      piece.length = static_cast<std::size_t>(next - p);
+      if (piece.length <= ShortCache::kMaxLength) {
+        piece.short_key = ShortCache::make_key(p, piece.length, end);
+        piece.place = state.short_pieces.locate(piece.short_key);
+      } else if (piece.length <= LongCache::kMaxLength) {
+        piece.long_key = LongCache::make_key(p, piece.length, end);
+        piece.place = state.long_pieces.locate(piece.long_key);
+      }
+      p = next;
     }
-    p = next;
+    for (int i = 0; i < count; ++i) {
+      const Piece& piece = batch[i];
+      if (piece.length <= ShortCache::kMaxLength) {
+        encode_cached(piece, piece.short_key, state.short_pieces, state, out);
+      } else if (piece.length <= LongCache::kMaxLength) {
+        encode_cached(piece, piece.long_key, state.long_pieces, state, out);
+      } else {
+        merge_piece(piece.begin, piece.length, state, out);
+      }
+    }
   }
 }
 
-template <class Cache>
-inline void Encoder::encode_cached(const std::uint8_t* p, std::size_t length,
-                                   const std::uint8_t* end, Cache& cache, EncodeState& state,
-                                   TokenBuffer& out) const {
-  const auto key = Cache::make_key(p, length, end);
-  if (const int found = cache.find(key, out.room(8))) {
+template <class Piece, class Key, class Cache>
+inline void Encoder::encode_cached(const Piece& piece, const Key& key, Cache& cache,
+                                   EncodeState& state, TokenBuffer& out) const {
+  if (const int found = cache.find(key, piece.place, out.room(8))) {
     out.advance(static_cast<std::size_t>(found));
     return;
   }
   const std::size_t before = out.size();
-  merge_piece(p, length, state, out);
-  cache.insert(key, out.data() + before, out.size() - before);
+  merge_piece(piece.begin, piece.length, state, out);
+  cache.insert(key, piece.place, out.data() + before, out.size() - before);
 }
 
 void Encoder::merge_piece(const std::uint8_t* p, std::size_t length, EncodeState& state,

@@ -31,8 +31,10 @@ struct Vocabulary {
 struct EncodeState {
   EncodeState();
 
-  PieceCache<2, 4> short_pieces;
-  PieceCache<4, 8> long_pieces;
+  using ShortCache = PieceCache<2, 4>;
+  using LongCache = PieceCache<4, 8>;
+  ShortCache short_pieces;
+  LongCache long_pieces;
   struct Node {
     std::uint32_t id;
     std::uint32_t prev;
@@ -74,13 +76,13 @@ class Encoder {
   const Vocabulary& vocabulary() const { return vocabulary_; }
 
  private:
-  static constexpr std::size_t kShortMerge = 48;
+  static constexpr std::size_t kShortMerge = 32;
 
   template <Pattern kPattern>
   void encode_pieces(std::string_view text, EncodeState& state, TokenBuffer& out) const;
-  template <class Cache>
-  void encode_cached(const std::uint8_t* p, std::size_t length, const std::uint8_t* end,
-                     Cache& cache, EncodeState& state, TokenBuffer& out) const;
+  template <class Piece, class Key, class Cache>
+  void encode_cached(const Piece& piece, const Key& key, Cache& cache, EncodeState& state,
+                     TokenBuffer& out) const;
   void merge_piece(const std::uint8_t* p, std::size_t length, EncodeState& state,
                    TokenBuffer& out) const;
   void merge_short(const std::uint8_t* p, std::size_t length, TokenBuffer& out) const;

@@ -2,16 +2,14 @@
 //
 // Words repeat, so most pieces are looked up instead of merged. Keys are stored whole (a hash alone
 // could return the ids of another word). Two entries share a bucket and the older one is replaced,
-// so memory is fixed and hostile input can only miss. The memory is claimed page by page on use.
+// so memory is fixed and hostile input can only miss.
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 
 #include "hash.h"
+#include "zeroed_memory.h"
 
 namespace fastgpt {
 
@@ -26,9 +24,8 @@ class PieceCache {
   };
 
   explicit PieceCache(int bucket_bits)
-      : shift_(64 - bucket_bits),
-        entries_(static_cast<Entry*>(std::calloc(std::size_t{2} << bucket_bits, sizeof(Entry)))) {
-    if (!entries_) throw std::bad_alloc();
+      : shift_(64 - bucket_bits), memory_((std::size_t{2} << bucket_bits) * sizeof(Entry)) {
+    entries_ = static_cast<Entry*>(memory_.data());
   }
 
   static Key make_key(const std::uint8_t* p, std::size_t length, const std::uint8_t* end) {
@@ -37,9 +34,18 @@ class PieceCache {
     return key;
   }
 
+  // Where the key would be; the memory starts to be fetched.
+  std::size_t locate(const Key& key) const {
+    std::uint64_t hash = 0;
+    for (const std::uint64_t word : key.word) hash = mix(hash, word);
+    const auto place = static_cast<std::size_t>((hash * 0xD6E8FEB86659FD93ull) >> shift_) * 2;
+    prefetch(&entries_[place]);
+    return place;
+  }
+
   // Copies the ids to out, which must have room for kIds, and returns their number; 0 is a miss.
-  int find(const Key& key, std::uint32_t* out) const {
-    const Entry* bucket = &entries_[bucket_of(key)];
+  int find(const Key& key, std::size_t place, std::uint32_t* out) const {
+    const Entry* bucket = &entries_[place];
     for (int way = 0; way < 2; ++way) {
       if (same(bucket[way].key, key)) {
         std::memcpy(out, bucket[way].ids, sizeof bucket[way].ids);
@@ -49,9 +55,9 @@ class PieceCache {
     return 0;
   }
 
-  void insert(const Key& key, const std::uint32_t* ids, std::size_t count) {
+  void insert(const Key& key, std::size_t place, const std::uint32_t* ids, std::size_t count) {
     if (count > kIds) return;
-    Entry* bucket = &entries_[bucket_of(key)];
+    Entry* bucket = &entries_[place];
     if (bucket[0].key.word[kWords - 1]) bucket[1] = bucket[0];
     bucket[0].key = key;
     bucket[0].key.word[kWords - 1] |= static_cast<std::uint64_t>(count - 1) << kCountShift;
@@ -69,10 +75,6 @@ class PieceCache {
     std::uint32_t ids[kIds];
   };
 
-  struct Free {
-    void operator()(Entry* entries) const { std::free(entries); }
-  };
-
   static int count_of(const Key& key) {
     return static_cast<int>(key.word[kWords - 1] >> kCountShift) + 1;
   }
@@ -83,14 +85,17 @@ class PieceCache {
     return different == 0;
   }
 
-  std::size_t bucket_of(const Key& key) const {
-    std::uint64_t hash = 0;
-    for (const std::uint64_t word : key.word) hash = mix(hash, word);
-    return static_cast<std::size_t>((hash * 0xD6E8FEB86659FD93ull) >> shift_) * 2;
+  static void prefetch(const void* address) {
+#if defined(__GNUC__)
+    __builtin_prefetch(address);
+#else
+    (void)address;
+#endif
   }
 
   int shift_;
-  std::unique_ptr<Entry[], Free> entries_;
+  ZeroedMemory memory_;
+  Entry* entries_;
 };
 
 }  // namespace fastgpt

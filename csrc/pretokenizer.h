@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "char_class.h"
@@ -21,10 +22,50 @@ namespace scan {
 
 using Byte = const std::uint8_t;
 
+inline int count_trailing_zeros(std::uint64_t word) {
+#if defined(_MSC_VER)
+  unsigned long index;
+  _BitScanForward64(&index, word);
+  return static_cast<int>(index);
+#else
+  return __builtin_ctzll(word);
+#endif
+}
+
 inline bool is_white(CharClass cls) { return cls >= CharClass::kSpace; }
+
+// Index of the first of the 8 bytes at p that is no ASCII letter, 8 if all are.
+inline int ascii_letters(Byte* p) {
+  constexpr std::uint64_t kOnes = 0x0101010101010101;
+  std::uint64_t bytes;
+  std::memcpy(&bytes, p, 8);
+  const std::uint64_t low = (bytes | 0x20 * kOnes) & 0x7F * kOnes;
+  const std::uint64_t from_a = low + (0x80 - 'a') * kOnes;      // top bit: at least 'a'
+  const std::uint64_t over_z = low + (0x80 - 'z' - 1) * kOnes;  // top bit: over 'z'
+  const std::uint64_t others = (~from_a | over_z | bytes) & 0x80 * kOnes;
+  return others ? count_trailing_zeros(others) >> 3 : 8;
+}
+
+inline Byte* letters_end(Byte* p, Byte* end) {
+  while (true) {
+    while (end - p >= 8) {
+      const int letters = ascii_letters(p);
+      p += letters;
+      if (letters < 8) break;
+    }
+    if (p == end) return p;
+    // The last bytes of the text, or a character of another script and then mostly more of them.
+    do {
+      const CharInfo info = classify(p, end);
+      if (info.cls != CharClass::kLetter) return p;
+      p += info.length;
+    } while (p < end && *p >= 0x80);
+  }
+}
 
 // End of the run of characters of one class that starts at p.
 inline Byte* run_end(Byte* p, Byte* end, CharClass cls) {
+  if (cls == CharClass::kLetter) return letters_end(p, end);
   while (p < end) {
     if (*p < 0x80) {
       if (kCharTables.byte[*p] != cls) break;

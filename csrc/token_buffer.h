@@ -20,6 +20,7 @@ class TokenBuffer {
   ~TokenBuffer() { std::free(data_); }
 
   const std::uint32_t* data() const { return data_; }
+  std::uint32_t* data() { return data_; }
   std::size_t size() const { return size_; }
 
   // Room for `extra` more ids; fill it and call advance().
@@ -33,9 +34,10 @@ class TokenBuffer {
     ++size_;
   }
 
-  // Gives up ownership; the caller frees with std::free.
-  std::uint32_t* release() {
-    std::uint32_t* data = data_;
+  // Gives up ownership of the memory, cut down to `bytes`; the caller frees with std::free.
+  std::uint32_t* release(std::size_t bytes) {
+    void* const cut = bytes ? std::realloc(data_, bytes) : nullptr;
+    auto* data = cut ? static_cast<std::uint32_t*>(cut) : data_;
     data_ = nullptr;
     size_ = capacity_ = 0;
     return data;

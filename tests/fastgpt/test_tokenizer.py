@@ -28,7 +28,7 @@ def gpt2() -> Tokenizer:
 
 
 @pytest.mark.parametrize("pattern", samples.PATTERNS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.one_of(st.binary(max_size=200), samples.nasty_text.map(str.encode)))
 def test_every_byte_string_round_trips(pattern, data):
     tokenizer = samples.trained(pattern)

@@ -42,7 +42,7 @@ def test_every_character_falls_into_the_class_of_the_reference(pattern):
 
 
 @by_pattern
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(text=nasty_text)
 def test_nasty_text_as_tiktoken(pattern, text):
     assert_as_tiktoken(pattern, text)
@@ -51,7 +51,7 @@ def test_nasty_text_as_tiktoken(pattern, text):
 @by_pattern
 def test_random_text_as_tiktoken(pattern):
     rng = random.Random(1)
-    for _ in range(4000):
+    for _ in range(2000):
         assert_as_tiktoken(pattern, samples.random_text(rng))
 
 
@@ -77,7 +77,8 @@ def test_real_text_as_tiktoken(pattern):
         "\t'two'", '\t"What', "\n'tis", "a\n\n 'll", "x" * 700 + "1" * 700, "12345678901234567890",
         "\n" * 1001, " " * 1000 + "x", "\r\n\r\n  \r\n", "  \n  ", "end \n  ", "end\u3000\u3000",
         "I'\u017f I'S i'\u017ft", "\U0001fae8 x", "a\u0301b", "\x1c\x1d x", "don''t", "'", "''",
-        " '", "", "中文" * 200, "zufällig" * 60, "ab" * 300, "aaa" * 33, "\0a\0", "\ufeffBOM", "x\xa0y\x85z"
+        " '", "", "中文" * 200, "zufällig" * 60, "ab" * 300, "aaa" * 33, "\0a\0", "\ufeffBOM",
+        "x\xa0y\x85z",
     ],
 )  # fmt: skip
 @by_pattern
@@ -136,7 +137,7 @@ def test_hugging_face_reads_the_file_and_gives_the_same_ids(pattern, tmp_path):
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert theirs.get_vocab_size() == ours.vocab_size
     rng = random.Random(4)
-    texts = [samples.random_text(rng) for _ in range(3000)] + [samples.english(200_000)]
+    texts = [samples.random_text(rng) for _ in range(1500)] + [samples.english(200_000)]
     for text, encoding in zip(texts, theirs.encode_batch(texts), strict=True):
         assert ours.encode(text, allowed_special="all") == encoding.ids, text
         assert theirs.decode(encoding.ids, skip_special_tokens=False) == ours.decode(encoding.ids)

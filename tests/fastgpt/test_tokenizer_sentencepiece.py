@@ -36,7 +36,7 @@ def test_it_is_llama_style(model):
     assert not any(char.isdigit() for piece in pieces for char in piece if len(piece) > 1)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=samples.nasty_text)
 def test_ids_and_text_as_the_library(model, text):
     tokenizer, library, _ = model

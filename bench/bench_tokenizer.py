@@ -1,0 +1,217 @@
+"""Tokenizer against its peers: ``pytest bench/bench_tokenizer.py``.
+
+Every peer encodes with our vocabulary (trained here on the embedded text) and one thread, and must
+give our ids before it is timed; a peer that is not installed is skipped with the reason. ``cold``
+is the first pass of a fresh tokenizer, ``warm`` the next ones of the same. ``mb_per_s`` in the
+output counts UTF-8 bytes. Compare figures of one run only: machines drift.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+from collections.abc import Callable, Iterable
+from functools import cache
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastgpt import tokenizer_json
+from fastgpt.tokenizer import Tokenizer
+
+pytest.importorskip("pytest_benchmark", reason="pip install -e .[bench]")
+os.environ["RAYON_NUM_THREADS"] = "1"  # Hugging Face's threads; read when its pool starts
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+VOCAB_SIZE = 32_000
+PATTERNS = ("gpt2", "gpt4")
+REGEX = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    "gpt4": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+        r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+    ),
+}
+
+Encode = Callable[[str], Iterable[int]]
+
+
+@cache
+def text() -> str:
+    """The embedded text, or the file that FASTGPT_BENCH_TEXT names."""
+    path = os.environ.get("FASTGPT_BENCH_TEXT")
+    if path:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    packed = files("fastgpt").joinpath("assets/pretrain.txt.xz").read_bytes()
+    return lzma.decompress(packed).decode("utf-8").replace("<|endoftext|>", "")
+
+
+@cache
+def documents() -> list[str]:
+    """The text in pieces of about 4 KB."""
+    return [text()[i : i + 4096] for i in range(0, len(text()), 4096)]
+
+
+@cache
+def trained(pattern: str) -> Tokenizer:
+    return Tokenizer.train([text()], VOCAB_SIZE, pattern=pattern)
+
+
+def fresh(pattern: str) -> Tokenizer:
+    """An equal tokenizer whose caches are empty."""
+    return type(trained(pattern))(trained(pattern).vocabulary)
+
+
+def need(module: str) -> Any:
+    return pytest.importorskip(module, reason=f"peer {module} is not installed")
+
+
+def tiktoken_encoding(pattern: str) -> Any:
+    tiktoken = need("tiktoken")
+    vocabulary = trained(pattern).vocabulary
+    ranks = {token: i for i, token in enumerate(vocabulary.tokens)}
+    return tiktoken.Encoding(
+        pattern, pat_str=REGEX[pattern], mergeable_ranks=ranks, special_tokens=vocabulary.specials
+    )
+
+
+def hugging_face(pattern: str) -> Any:
+    tokenizers = need("tokenizers")
+    return tokenizers.Tokenizer.from_str(tokenizer_json.dumps(trained(pattern).vocabulary))
+
+
+def report(benchmark: Any, size: int | None = None) -> None:
+    benchmark.group = benchmark.group or benchmark.name.rsplit("[", 1)[0]
+    if benchmark.stats:
+        seconds = benchmark.stats.stats.min
+        size = size or len(text().encode())
+        benchmark.extra_info["mb_per_s"] = round(size / 1e6 / seconds, 1)
+
+
+def to_numpy(name: str, pattern: str) -> Encode:
+    if name == "fastgpt":
+        return trained(pattern).encode_to_numpy
+    if name == "tiktoken":
+        return tiktoken_encoding(pattern).encode_to_numpy
+    encoder = hugging_face(pattern)
+    return lambda document: np.array(encoder.encode(document).ids)
+
+
+def to_list(name: str, pattern: str) -> Encode:
+    if name == "fastgpt":
+        return trained(pattern).encode
+    if name == "tiktoken":
+        return tiktoken_encoding(pattern).encode_ordinary
+    encoder = hugging_face(pattern)
+    return lambda document: encoder.encode(document).ids
+
+
+by_pattern = pytest.mark.parametrize("pattern", PATTERNS)
+by_peer = pytest.mark.parametrize("peer", ["fastgpt", "tiktoken", "tokenizers"])
+
+
+def check(encode: Encode, pattern: str) -> None:
+    for document in documents()[::29]:
+        assert list(encode(document)) == trained(pattern).encode(document)
+
+
+@by_pattern
+def test_encode_cold(benchmark, pattern):
+    check(fresh(pattern).encode_to_numpy, pattern)
+    benchmark.pedantic(
+        lambda tokenizer: tokenizer.encode_to_numpy(text()),
+        setup=lambda: ((fresh(pattern),), {}),
+        rounds=5,
+    )
+    report(benchmark)
+
+
+@by_pattern
+@by_peer
+def test_encode_warm(benchmark, peer, pattern):
+    encode = to_numpy(peer, pattern)
+    check(encode, pattern)
+    if peer == "tokenizers":  # quadratic memory on one long text
+        benchmark.pedantic(lambda: [encode(d) for d in documents()], rounds=2, warmup_rounds=1)
+    else:
+        benchmark.pedantic(encode, args=(text(),), rounds=5, warmup_rounds=1)
+    report(benchmark)
+
+
+@by_pattern
+@by_peer
+def test_encode_documents_to_lists(benchmark, peer, pattern):
+    encode = to_list(peer, pattern)
+    check(encode, pattern)
+    rounds = 2 if peer == "tokenizers" else 5
+    benchmark.pedantic(
+        lambda: [encode(document) for document in documents()], rounds=rounds, warmup_rounds=1
+    )
+    report(benchmark)
+
+
+@by_peer
+@pytest.mark.parametrize("size", [12, 100])
+def test_latency(benchmark, peer, size):
+    encode = to_list(peer, "gpt4")
+    check(encode, "gpt4")
+    benchmark(encode, text()[5000 : 5000 + size])
+    report(benchmark, size)
+
+
+@by_peer
+def test_decode(benchmark, peer):
+    ids = trained("gpt4").encode(text())
+    if peer == "fastgpt":
+        decode: Callable[[list[int]], str] = trained("gpt4").decode
+    else:
+        make = {"tiktoken": tiktoken_encoding, "tokenizers": hugging_face}[peer]
+        decode = make("gpt4").decode
+    assert decode(ids) == text()
+    benchmark.pedantic(decode, args=(ids,), rounds=3, warmup_rounds=1)
+    report(benchmark)
+
+
+def hugging_face_merges(pattern: str) -> list[str]:
+    tokenizers = need("tokenizers")
+    models, pre, trainers = (
+        import_module(f"tokenizers.{name}") for name in ("models", "pre_tokenizers", "trainers")
+    )
+    peer = tokenizers.Tokenizer(models.BPE())
+    split = pre.Split(tokenizers.Regex(tokenizer_json.SPLIT_REGEX[pattern]), "isolated")
+    peer.pre_tokenizer = pre.Sequence(
+        [split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 1,
+        initial_alphabet=pre.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    peer.train_from_iterator(documents(), trainer)
+    merges = json.loads(peer.to_str())["model"]["merges"]
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+
+def our_merges(pattern: str) -> list[str]:
+    ours = Tokenizer.train(documents(), VOCAB_SIZE, pattern=pattern, num_threads=1)
+    return json.loads(tokenizer_json.dumps(ours.vocabulary))["model"]["merges"]
+
+
+@pytest.mark.parametrize("peer", ["fastgpt", "tokenizers"])
+@by_pattern
+def test_train(benchmark, peer, pattern):
+    if peer == "fastgpt":
+        assert len(our_merges(pattern)) == VOCAB_SIZE - 257
+        benchmark.pedantic(
+            lambda: Tokenizer.train(documents(), VOCAB_SIZE, pattern=pattern, num_threads=1),
+            rounds=3,
+        )
+    else:
+        merges = benchmark.pedantic(hugging_face_merges, args=(pattern,), rounds=1)
+        assert merges == our_merges(pattern)
+    report(benchmark)

@@ -1,0 +1,215 @@
+// Random training, encoding and decoding against naive implementations; for sanitizer builds.
+// Usage: fuzz_core SEED SECONDS. Prints the number of rounds; aborts on the first difference.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "encoder.h"
+#include "trainer.h"
+
+using namespace fastgpt;
+
+namespace {
+
+std::mt19937_64 rng;
+
+std::size_t below(std::size_t n) { return static_cast<std::size_t>(rng() % n); }
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::abort();
+}
+
+std::string random_bytes(std::size_t most) {
+  static const char* const kParts[] = {
+      "a",        "b",           "ab",           " ", "'s", "\n", "\r\n", "1",   "'",
+      "\t",       "\xC3\xA9",    "\xE4\xB8\xAD", "!", "  ", "LL", "'ll",  "the", "\xF0\x9F\x98\x80",
+      "\xC5\xBF", "\xE3\x80\x80"};
+  std::string text;
+  const std::size_t length = below(most + 1);
+  while (text.size() < length) {
+    const std::size_t kind = below(20);
+    if (kind == 0) {
+      text += static_cast<char>(below(256));
+    } else if (kind == 1) {
+      text += std::string(below(70), kParts[below(20)][0]);
+    } else {
+      text += kParts[below(20)];
+    }
+  }
+  return text;
+}
+
+std::vector<std::string> pieces(Pattern pattern, const std::string& text) {
+  std::vector<std::string> out;
+  const auto* p = reinterpret_cast<const std::uint8_t*>(text.data());
+  const auto* const end = p + text.size();
+  while (p < end) {
+    const auto* next = with_pattern(
+        pattern, [&](auto which) { return next_piece<decltype(which)::value>(p, end); });
+    require(next > p && next <= end, "a piece has at least one byte and ends within the text");
+    out.emplace_back(p, next);
+    p = next;
+  }
+  return out;
+}
+
+using Ids = std::vector<std::uint32_t>;
+
+Ids merge_all(const Ids& ids, std::uint32_t left, std::uint32_t right, std::uint32_t id) {
+  Ids out;
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    if (i + 1 < ids.size() && ids[i] == left && ids[i + 1] == right) {
+      out.push_back(id);
+      ++i;
+    } else {
+      out.push_back(ids[i]);
+    }
+  }
+  return out;
+}
+
+Ids bytes_as_ids(const std::string& piece) {
+  Ids ids;
+  for (const char c : piece) ids.push_back(gpt2_byte_ids()[static_cast<std::uint8_t>(c)]);
+  return ids;
+}
+
+std::vector<IdPair> train_naively(Pattern pattern, const std::vector<std::string>& texts,
+                                  std::size_t merges) {
+  std::map<std::string, std::uint64_t> counts;
+  for (const auto& text : texts) {
+    for (const auto& piece : pieces(pattern, text)) ++counts[piece];
+  }
+  std::vector<std::pair<Ids, std::uint64_t>> words;
+  for (const auto& [word, count] : counts) words.emplace_back(bytes_as_ids(word), count);
+  std::vector<IdPair> out;
+  while (out.size() < merges) {
+    std::map<IdPair, std::uint64_t> pairs;  // sorted: the first maximum is the smallest pair
+    for (const auto& [ids, count] : words) {
+      for (std::size_t i = 0; i + 1 < ids.size(); ++i) pairs[{ids[i], ids[i + 1]}] += count;
+    }
+    if (pairs.empty()) break;
+    const auto best = std::max_element(pairs.begin(), pairs.end(),
+                                       [](auto& a, auto& b) { return a.second < b.second; });
+    const auto id = static_cast<std::uint32_t>(256 + out.size());
+    out.push_back(best->first);
+    for (auto& [ids, count] : words) ids = merge_all(ids, out.back().first, out.back().second, id);
+  }
+  return out;
+}
+
+Ids encode_naively(Pattern pattern, const std::vector<Merge>& merges, const std::string& text) {
+  Ids out;
+  for (const auto& piece : pieces(pattern, text)) {
+    Ids ids = bytes_as_ids(piece);
+    for (const Merge& merge : merges) ids = merge_all(ids, merge.left, merge.right, merge.id);
+    out.insert(out.end(), ids.begin(), ids.end());
+  }
+  return out;
+}
+
+Vocabulary make_vocabulary(Pattern pattern, const std::vector<IdPair>& pairs) {
+  Vocabulary vocabulary;
+  vocabulary.pattern = pattern;
+  vocabulary.tokens.resize(256);
+  for (int byte = 0; byte < 256; ++byte) {
+    vocabulary.tokens[gpt2_byte_ids()[byte]] = std::string(1, static_cast<char>(byte));
+  }
+  for (const auto& [left, right] : pairs) {
+    vocabulary.merges.push_back(
+        {left, right, static_cast<std::uint32_t>(vocabulary.tokens.size())});
+    vocabulary.tokens.push_back(vocabulary.tokens[left] + vocabulary.tokens[right]);
+  }
+  const auto next = static_cast<std::uint32_t>(vocabulary.tokens.size());
+  vocabulary.specials = {{"<s>", next}, {"<s><s>", next + 1}, {"a", next + 5}};
+  vocabulary.whole_pieces = below(2) == 0;
+  return vocabulary;
+}
+
+void check_encoder(const Encoder& encoder, Pattern pattern) {
+  for (int i = 0; i < 12; ++i) {
+    const std::string text = random_bytes(i < 2 ? 3000 : 60);
+    const auto state = encoder.acquire();
+    TokenBuffer buffer;
+    encoder.encode(text, *state, buffer);
+    const Ids ids(buffer.data(), buffer.data() + buffer.size());
+    require(ids == encode_naively(pattern, encoder.vocabulary().merges, text), "ids");
+    std::string back;
+    encoder.decode(ids.data(), ids.size(), back);
+    require(back == text, "round trip");
+    TokenBuffer special;
+    encoder.encode_with_specials(text + "<s><s><s>" + text, {0, 1, 2}, *state, special);
+    back.clear();
+    encoder.decode(special.data(), special.size(), back);
+    require(back == text + "<s><s><s>" + text, "round trip with special tokens");
+  }
+  for (int i = 0; i < 20; ++i) {
+    const auto id = static_cast<std::int64_t>(rng() >> below(64));
+    std::string out;
+    try {
+      encoder.decode(&id, 1, out);
+      require(static_cast<std::size_t>(id) < encoder.vocab_size(), "an id that exists");
+    } catch (const std::invalid_argument&) {
+    }
+  }
+}
+
+// A damaged vocabulary is refused, or works.
+void check_damaged(Vocabulary vocabulary) {
+  for (std::size_t i = 0; i <= below(3); ++i) {
+    const auto anywhere = static_cast<std::uint32_t>(rng() >> (32 + below(32)));
+    if (!vocabulary.merges.empty()) {
+      Merge& merge = vocabulary.merges[below(vocabulary.merges.size())];
+      (below(2) ? merge.left : below(2) ? merge.right : merge.id) = anywhere;
+    }
+    if (below(3) == 0) vocabulary.tokens[below(vocabulary.tokens.size())] = random_bytes(3);
+    if (below(3) == 0) vocabulary.tokens.resize(below(vocabulary.tokens.size()) + 1);
+    if (below(3) == 0) vocabulary.specials.emplace_back(random_bytes(3), anywhere);
+  }
+  try {
+    const Encoder encoder(std::move(vocabulary));
+    const std::string text = random_bytes(100);
+    TokenBuffer ids;
+    encoder.encode(text, *encoder.acquire(), ids);
+    std::string back;
+    encoder.decode(ids.data(), ids.size(), back);
+    require(back == text, "round trip of a damaged but accepted vocabulary");
+  } catch (const std::invalid_argument&) {
+  }
+}
+
+void round() {
+  const auto pattern = static_cast<Pattern>(below(3));
+  std::vector<std::string> texts(below(12));
+  for (auto& text : texts) text = random_bytes(200);
+  const std::vector<std::string_view> views(texts.begin(), texts.end());
+  WordCounter counter(pattern, static_cast<int>(below(3)) + 1);
+  counter.add(views);
+  TrainOptions options;
+  options.merges = below(150);
+  const auto pairs = train_bpe(counter.take(), options);
+  require(pairs == train_naively(pattern, texts, options.merges), "merges");
+  const Vocabulary vocabulary = make_vocabulary(pattern, pairs);
+  check_encoder(Encoder(vocabulary), pattern);
+  check_damaged(vocabulary);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) return 2;
+  rng.seed(std::strtoull(argv[1], nullptr, 10));
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(std::atoi(argv[2]));
+  long rounds = 0;
+  for (; std::chrono::steady_clock::now() < end; ++rounds) round();
+  std::printf("%ld rounds\n", rounds);
+  return 0;
+}
