@@ -16,6 +16,7 @@ layout asked for, and ``compare`` fails if a single byte of storage around or in
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 
 import torch
@@ -69,6 +70,18 @@ def assert_unwritten(*tensors: Tensor) -> None:
         assert torch.equal(_storage_bytes(x), x.guard_snapshot), (
             f"input {index} or memory around it was written"
         )
+
+
+def huge_stride_rows(x: Tensor) -> Tensor:
+    """``x`` (rows, columns) with rows so far apart that element offsets exceed 2**31.
+
+    The gap is reserved address space that nobody touches, so it costs no memory.
+    """
+    stride = 2**31 // max(1, x.shape[0] - 1) + 1024
+    size = (stride * (x.shape[0] - 1) + x.shape[1]) * x.element_size()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    storage = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=x.dtype)
+    return storage.as_strided(x.shape, (stride, 1)).copy_(x)
 
 
 def max_error(value: Tensor, exact: Tensor) -> float:

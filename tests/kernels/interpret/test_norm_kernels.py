@@ -1,0 +1,176 @@
+"""LayerNorm and RMSNorm kernels in the interpreter, judged against float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import LAYOUTS, assert_unwritten, compare, guard, huge_stride_rows, max_error
+
+from fastgpt_kernels import layer_norm, reference, rms_norm
+from fastgpt_kernels.normalization import norm_fwd
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# rows, columns, dtype, layout of x, grad_output
+PAIRS = [
+    (1, 1, torch.float32, "contiguous", "random"),
+    (7, 7, torch.bfloat16, "padded", "expanded"),
+    (64, 64, torch.float16, "transposed", "random"),
+    (7, 41, torch.bfloat16, "offset", "random"),
+    (64, 768, torch.bfloat16, "contiguous", "random"),
+    (5, 1023, torch.float32, "transposed", "expanded"),
+    (3, 4096, torch.float16, "padded", "random"),
+    (3, 9000, torch.bfloat16, "contiguous", "expanded"),
+    (2, 17001, torch.float32, "offset", "random"),
+]
+FULL = list(
+    itertools.product(
+        (1, 7, 64), (1, 7, 64, 768, 1023, 1500, 4096, 16384, 65536), DTYPES, LAYOUTS, ("random",)
+    )
+)
+
+
+def _inputs(rows, columns, dtype):
+    x = torch.randn(rows, columns) * 2 + 3
+    return [t.to(dtype) for t in (x, torch.randn(columns), torch.randn(columns))]
+
+
+def _check_layer_norm(rows, columns, dtype, layout, grad):
+    shape = (columns,)
+    compare(
+        lambda x, w, b: layer_norm(x, shape, w, b),
+        lambda x, w, b: F.layer_norm(x, shape, w, b),
+        lambda x, w, b: reference.layer_norm(x, shape, w, b),
+        _inputs(rows, columns, dtype),
+        layouts=[layout, "contiguous", "padded"],
+        grad_output=grad,
+    )
+
+
+def _check_rms_norm(rows, columns, dtype, layout, grad):
+    shape = (columns,)
+    compare(
+        lambda x, w: rms_norm(x, shape, w),
+        lambda x, w: F.rms_norm(x, shape, w),
+        lambda x, w: reference.rms_norm(x, shape, w),
+        _inputs(rows, columns, dtype)[:2],
+        layouts=[layout, "padded"],
+        grad_output=grad,
+    )
+
+
+@pytest.mark.parametrize(("rows", "columns", "dtype", "layout", "grad"), PAIRS)
+def test_layer_norm(rows, columns, dtype, layout, grad):
+    _check_layer_norm(rows, columns, dtype, layout, grad)
+
+
+@pytest.mark.parametrize(("rows", "columns", "dtype", "layout", "grad"), PAIRS)
+def test_rms_norm(rows, columns, dtype, layout, grad):
+    _check_rms_norm(rows, columns, dtype, layout, grad)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("rows", "columns", "dtype", "layout", "grad"), FULL)
+def test_full_matrix(rows, columns, dtype, layout, grad):
+    _check_layer_norm(rows, columns, dtype, layout, grad)
+    _check_rms_norm(rows, columns, dtype, layout, grad)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rows", [1023, 4096])
+def test_many_rows(rows):
+    _check_layer_norm(rows, 64, torch.bfloat16, "contiguous", "random")
+    _check_rms_norm(rows, 64, torch.float32, "contiguous", "random")
+
+
+@pytest.mark.parametrize("columns", [40, 8200])
+@pytest.mark.parametrize(
+    ("with_weight", "with_bias"), [(False, False), (True, False), (False, True)]
+)
+def test_optional_parameters(columns, with_weight, with_bias):
+    x, w, b = _inputs(4, columns, torch.float32)
+    tensors = [x, *[w] * with_weight, *[b] * with_bias]
+
+    def call(norm):
+        def run(x, *rest):
+            rest = list(rest)
+            weight = rest.pop(0) if with_weight else None
+            return norm(x, (columns,), weight, rest[0] if with_bias else None)
+
+        return run
+
+    compare(call(layer_norm), call(F.layer_norm), call(reference.layer_norm), tensors)
+
+
+@pytest.mark.parametrize("dims", [(0, 1, 2), (1, 0, 2)])
+def test_three_dimensional_rows_are_taken_as_they_lie(dims):
+    """(B, T, D) seen transposed and sliced needs two row strides; nothing is copied."""
+    base = guard(torch.randn(3, 10, 24))
+    x = base[:, ::2].permute(dims)
+    y = layer_norm(x, (24,))
+    assert max_error(y, reference.layer_norm(x.double(), (24,))) < 1e-5
+    grad = torch.randn(3, 10, 24)[:, ::2].permute(dims)
+    leaf = x.detach().requires_grad_()
+    layer_norm(leaf, 24).backward(grad)
+    exact = x.double().requires_grad_()
+    reference.layer_norm(exact, (24,)).backward(grad.double())
+    assert max_error(leaf.grad, exact.grad) < 1e-5
+    assert_unwritten(base)
+
+
+def test_several_normalized_dims():
+    compare(
+        lambda x, w: layer_norm(x, (3, 7), w),
+        lambda x, w: F.layer_norm(x, (3, 7), w),
+        lambda x, w: reference.layer_norm(x, (3, 7), w),
+        [torch.randn(5, 3, 7), torch.randn(3, 7)],
+    )
+
+
+@pytest.mark.parametrize("columns", [768, 17000])
+def test_mean_far_above_the_spread(columns):
+    """In bfloat16 at mean 100, spread 0.5, dw stays within 0.2 %: statistics are float32."""
+    rows = 16 if columns < 1000 else 4
+    x = (torch.randn(rows, columns) * 0.5 + 100).bfloat16()
+    w, grad = torch.randn(columns).bfloat16(), torch.randn(rows, columns).bfloat16()
+    y, mean, rstd = norm_fwd(x, w, None, 1, 1e-5, False)
+    assert mean.dtype == rstd.dtype == torch.float32
+    dw = torch.ops.fastgpt_kernels.norm_bwd(grad, x, mean, rstd, w, False, 1, False)[1]
+    exact = w.double().requires_grad_()
+    reference.layer_norm(x.double(), (columns,), exact).backward(grad.double())
+    assert max_error(dw, exact.grad) <= 2e-3 * exact.grad.abs().max()
+    exact_y = reference.layer_norm(x.double(), (columns,), w.double())
+    assert max_error(y, exact_y) <= 2**-8 * exact_y.abs().max()
+
+
+@pytest.mark.parametrize("columns", [96, 9000])
+def test_repeats_bit_for_bit(columns):
+    inputs = _inputs(6, columns, torch.bfloat16)
+
+    def gradients():
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        layer_norm(leaves[0], (columns,), *leaves[1:]).square().sum().backward()
+        return [x.grad for x in leaves]
+
+    assert all(map(torch.equal, gradients(), gradients()))
+
+
+@pytest.mark.parametrize("columns", [64, 9000])
+def test_rows_beyond_31_bits(columns):
+    x = huge_stride_rows(torch.randn(3, columns).bfloat16())
+    y, mean, rstd = norm_fwd(x, None, None, 1, 1e-5, False)
+    torch.testing.assert_close(y, F.layer_norm(x.float(), (columns,)).bfloat16())
+    dx = torch.ops.fastgpt_kernels.norm_bwd(x, x, mean, rstd, None, False, 1, False)[0]
+    leaf = x.float().requires_grad_()
+    F.layer_norm(leaf, (columns,)).backward(x.float())
+    torch.testing.assert_close(dx.float(), leaf.grad, atol=2e-2, rtol=2e-2)
+
+
+def test_no_rows():
+    leaf = torch.empty(0, 8).requires_grad_()
+    w = torch.ones(8, requires_grad=True)
+    layer_norm(leaf, 8, w).sum().backward()
+    assert leaf.grad.shape == (0, 8)
+    assert torch.equal(w.grad, torch.zeros(8))
