@@ -129,7 +129,7 @@ def tokenize_documents(
         out_dir.mkdir(parents=True, exist_ok=True)
     inputs = _inputs(documents, tokenizer, val_fraction, seed)
     with _locked(out_dir):
-        finished = _finished(out_dir, inputs)
+        finished = find_tokenized(out_dir, inputs) if inputs is not None else None
         if finished is not None:
             return finished
         with writing(out_dir):
@@ -319,13 +319,15 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _finished(out_dir: Path, inputs: dict | None) -> TokenizedData | None:
-    """Return what ``out_dir`` holds if it was made from exactly these inputs."""
-    if inputs is None:
-        return None
+def find_tokenized(out_dir: Path, inputs: dict | None = None) -> TokenizedData | None:
+    """Return the shards in ``out_dir`` if they are complete, else None.
+
+    ``inputs``: only if they were made from exactly these. A resumed run takes what it finds: its
+    order of samples must not depend on what became of the text since.
+    """
     try:
         meta: dict[str, Any] = json.loads((out_dir / "meta.json").read_bytes())
-        if meta["inputs"] != inputs:
+        if inputs is not None and meta["inputs"] != inputs:
             return None
         train, val = Part(**meta["train"]), Part(**meta["val"])
         data = TokenizedData(out_dir, train, val, meta["empty"], meta["bad"], reused=True)

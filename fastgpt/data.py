@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from fastgpt.corpus import TokenizedData, tokenize_documents
+from fastgpt.corpus import TokenizedData, find_tokenized, tokenize_documents
 from fastgpt.documents import Document, Documents, embedded_text, read_documents
 from fastgpt.errors import DataError, UsageError
 from fastgpt.order import mix64, permute
@@ -37,6 +37,7 @@ __all__ = [
     "bytes_of",
     "check_batches",
     "embedded_text",
+    "find_tokenized",
     "open_shard",
     "permute",
     "read_documents",

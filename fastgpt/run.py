@@ -12,10 +12,16 @@ import torch
 from fastgpt import cli
 from fastgpt.checkpoint import Checkpoint, load_checkpoint
 from fastgpt.config import DataConfig, ModelConfig
-from fastgpt.data import TokenizedData, embedded_text, read_documents, tokenize_documents
+from fastgpt.data import (
+    TokenizedData,
+    embedded_text,
+    find_tokenized,
+    read_documents,
+    tokenize_documents,
+)
 from fastgpt.distributed import World, pick_device
 from fastgpt.documents import Documents
-from fastgpt.errors import UsageError
+from fastgpt.errors import DataError, UsageError
 from fastgpt.hardware import compute_dtype
 from fastgpt.model import GPT
 from fastgpt.progress import task
@@ -52,31 +58,32 @@ def load_model(
 def prepare_data(
     config: DataConfig, vocab_size: int, seed: int, run: RunDir, world: World
 ) -> tuple[Tokenizer, TokenizedData]:
-    """Train or copy the tokenizer and write the token shards; rank 0 works, the others read.
-
-    Files that are there already (a resumed run) are used again.
-    """
-    if world.rank > 0:
-        world.barrier()
-    documents = read_documents(
-        config.data or (embedded_text(),), text_key=config.text_key, on_error=config.on_bad_data
-    )
-    tokenizer = _tokenizer(config, vocab_size, documents, run)
-    with task("tokenize", documents.bytes_total) as bar:
-        data = tokenize_documents(
-            documents,
-            tokenizer,
-            run.path / "tokens",
-            val_fraction=config.val_fraction,
-            seed=seed,
-            progress=lambda done, _total: bar.update(done),
+    """The tokenizer and the token shards of ``run``; rank 0 makes them unless they are there."""
+    directory = run.path / "tokens"
+    if world.rank == 0 and find_tokenized(directory) is None:
+        documents = read_documents(
+            config.data or (embedded_text(),), text_key=config.text_key, on_error=config.on_bad_data
         )
-    if world.rank == 0:
-        world.barrier()
-    return tokenizer, data
+        tokenizer = _make_tokenizer(config, vocab_size, documents, run)
+        with task("tokenize", documents.bytes_total) as bar:
+            tokenize_documents(
+                documents,
+                tokenizer,
+                directory,
+                val_fraction=config.val_fraction,
+                seed=seed,
+                progress=lambda done, _total: bar.update(done),
+            )
+    world.barrier()
+    data = find_tokenized(directory)
+    if data is None:
+        raise DataError(f"{directory}: no token shards; do all processes see the same files?")
+    return load_tokenizer(run), data
 
 
-def _tokenizer(config: DataConfig, vocab_size: int, documents: Documents, run: RunDir) -> Tokenizer:
+def _make_tokenizer(
+    config: DataConfig, vocab_size: int, documents: Documents, run: RunDir
+) -> Tokenizer:
     if run.tokenizer_path.is_file() or (run.path / _SENTENCEPIECE).is_file():
         return load_tokenizer(run)
     if config.tokenizer is not None:

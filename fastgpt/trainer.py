@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import threading
 import time
@@ -32,7 +33,7 @@ from fastgpt.checkpoint import (
 from fastgpt.config import OptimConfig, TrainConfig
 from fastgpt.data import IGNORE_INDEX, MicroBatch
 from fastgpt.distributed import World
-from fastgpt.errors import DataError, DivergedError, Preempted
+from fastgpt.errors import DataError, DivergedError, Preempted, UsageError
 from fastgpt.hardware import peak_flops
 from fastgpt.model import GPT
 from fastgpt.optim import Optimizers, clip_gradients
@@ -86,13 +87,16 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def listen_for_stop() -> Iterator[StopRequest]:
+def listen_for_stop(*, announce: bool) -> Iterator[StopRequest]:
     """SIGTERM and SIGINT ask the loop to save and end; a second SIGINT ends at once."""
     stop = StopRequest()
 
     def handle(signum: int, _frame: Any) -> None:
         if stop.asked and signum == signal.SIGINT:
             raise KeyboardInterrupt
+        if announce and not stop.asked:
+            with contextlib.suppress(OSError):  # print() may be what was interrupted
+                os.write(2, b"saving after this step; Ctrl-C again quits at once\n")
         stop.asked = True
 
     if threading.current_thread() is not threading.main_thread():
@@ -142,17 +146,22 @@ def train(
     Raises:
         Preempted: asked to end early; a checkpoint is saved.
         DivergedError: ``skip_budget`` steps in a row were not finite.
+        UsageError: no room for checkpoints, or ``stop_at`` is behind the run.
     """
     loop = _Loop(model, loss_fn, config, optim, world, seq_len)
     if resume is not None:
         loop.restore(resume)
+    if stop_at is not None and stop_at <= loop.state.step:
+        raise UsageError(f"--stop-at {stop_at}: the run is at step {loop.state.step} already")
     rank0 = world.rank == 0
     progress = Progress(config.steps, loop.state.step, stage=stage, enabled=rank0)
     with contextlib.ExitStack() as stack:
         logs = _Logs.open(run, loop.state.step, stack) if rank0 else None
         saver = _Saver(loop, run, progress, config.keep_last, dict(extra_state or {}), logs)
         saver.check_space()
-        stop = stack.enter_context(listen_for_stop())
+        if not config.compile:  # reaches the compiled CPU kernels too
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stop = stack.enter_context(listen_for_stop(announce=rank0))
         stack.enter_context(progress)
         values: dict[str, float] = {}
         while loop.state.step < config.steps:
@@ -165,11 +174,13 @@ def train(
             _report(progress, logs, loop, stats, values, config.log_every)
             ending = stats.stop or step == stop_at
             if ending or _due(step, config.save_every, last):
-                saver.save()
+                saver.save(must_succeed=ending or last)
             if ending and not last:
                 raise Preempted(
                     f"stopped after step {step} of {config.steps}; go on with --resume {run.path}"
                 )
+        if evaluate is not None and not values:  # resumed at its last step
+            values = evaluate()
         return Result(loop.state, values)
 
 
@@ -341,8 +352,11 @@ class _Saver:
             size = required_bytes({"model": weights, "optimizer": moments}, {})
             check_space(self.run.checkpoints, size)
 
-    def save(self) -> None:
-        """Write the checkpoint of the current step; all processes wait for it."""
+    def save(self, *, must_succeed: bool) -> None:
+        """Write the checkpoint of the current step; all processes wait for it.
+
+        Raises UsageError when it fails although no later one will make up for it.
+        """
         if self.logs is not None:
             self.logs.metrics.sync()
             state = {"train": vars(self.loop.state), "rng": rng_state(), **self.extra_state}
@@ -356,6 +370,10 @@ class _Saver:
                     warn=self.progress.message,
                 )
             except SaveError as error:
+                if must_succeed:
+                    raise UsageError(
+                        f"{error}; free some space and --resume {self.run.path}"
+                    ) from error
                 self.progress.message(f"warning: {error}; training goes on")
         self.loop.world.barrier()
 
