@@ -6,7 +6,9 @@ its directory; ``--resume RUN`` goes on with it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,38 +65,24 @@ def pretrain(config: PretrainConfig, world: World) -> None:
     """Prepare data and model, train, evaluate, sample, report."""
     import torch
 
-    from fastgpt.data import (
-        PackedDataset,
-        check_batches,
-        open_shard,
-        step_batches,
-        validation_batches,
-    )
+    from fastgpt.data import step_batches, validation_batches
     from fastgpt.evaluation import evaluate_loss
     from fastgpt.hardware import compute_dtype
     from fastgpt.model import GPT
-    from fastgpt.run import prepare_data, resume_from
+    from fastgpt.run import resume_from
     from fastgpt.trainer import train
 
     run = _open_run(config, world)
     checkpoint = resume_from(run) if config.resume else None
-    tokenizer, data = prepare_data(
-        config.data, config.model.vocab_size, config.train.seed, run, world
-    )
-    config = _with_vocabulary(config, tokenizer.vocab_size)
-    if world.rank == 0:
-        write_atomic(run.config_path, cli.to_toml(cli.to_tree(config)))
+    new_run = world.rank == 0 and not config.resume
+    with run.emptied_on_error() if new_run else contextlib.nullcontext():
+        config, tokenizer, train_set, val_set = _prepare(config, run, world)
     settings = config.train
-    seq_len = settings.seq_len or config.model.context
-    shards = [
-        open_shard(path, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash)
-        for path in (data.train_path, data.val_path)
-    ]
-    train_set, val_set = (PackedDataset([s], seq_len, seed=settings.seed) for s in shards)
+    seq_len = train_set.seq_len
     batch_size, micro = batch_shape(config, world)
     masking = {"mask_documents": config.data.mask_documents, "eot_id": tokenizer.eot_id}
-    check_batches(train_set, batch_size=batch_size, micro_batch_size=micro, world_size=world.size)
 
+    random.seed(settings.seed)  # its state is part of a checkpoint
     torch.manual_seed(settings.seed)
     model = GPT(config.model, compute_dtype(settings.dtype, world.device)).to(world.device)
     bytes_per_id = tokenizer.bytes_per_id()
@@ -133,14 +121,35 @@ def _open_run(config: PretrainConfig, world: World) -> RunDir:
         return RunDir.open(config.resume)
     path = config.train.out or Path("runs") / f"pretrain-{config.preset}"
     run = RunDir.create(path) if world.rank == 0 else RunDir(path)
+    if world.rank == 0:  # at once, so that a run killed from here on can be resumed
+        write_atomic(run.config_path, cli.to_toml(cli.to_tree(config)))
     world.barrier()
     return run
 
 
-def _with_vocabulary(config: PretrainConfig, vocab_size: int) -> PretrainConfig:
-    """The model has as many ids as the tokenizer, which a small text or a file may have decided."""
-    model = dataclasses.replace(config.model, vocab_size=vocab_size)
-    return dataclasses.replace(config, model=model)
+def _prepare(
+    config: PretrainConfig, run: RunDir, world: World
+) -> tuple[PretrainConfig, Tokenizer, PackedDataset, PackedDataset]:
+    """Tokenizer, training and validation set, and the configuration with what they decided."""
+    from fastgpt.data import PackedDataset, check_batches, open_shard
+    from fastgpt.run import prepare_data
+
+    settings = config.train
+    tokenizer, data = prepare_data(config.data, config.model.vocab_size, settings.seed, run, world)
+    # A small text, or a tokenizer from a file, has a vocabulary of its own size.
+    model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(config, model=model)
+    if world.rank == 0:
+        write_atomic(run.config_path, cli.to_toml(cli.to_tree(config)))
+    seq_len = settings.seq_len or config.model.context
+    shards = [
+        open_shard(path, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash)
+        for path in (data.train_path, data.val_path)
+    ]
+    train_set, val_set = (PackedDataset([s], seq_len, seed=settings.seed) for s in shards)
+    batch_size, micro = batch_shape(config, world)
+    check_batches(train_set, batch_size=batch_size, micro_batch_size=micro, world_size=world.size)
+    return config, tokenizer, train_set, val_set
 
 
 def batch_shape(config: PretrainConfig, world: World) -> tuple[int, int]:

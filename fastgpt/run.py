@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,18 @@ def _texts(documents: Documents, bar: Any) -> Iterator[str]:
         bar.update(documents.bytes_done)
 
 
-def resume_from(run: RunDir) -> Checkpoint:
-    """The newest undamaged checkpoint of ``run``; says on standard error what it passes over."""
-    return load_checkpoint(run.checkpoints)
+def resume_from(run: RunDir) -> Checkpoint | None:
+    """The newest undamaged checkpoint of ``run``, None when it ended before its first one.
+
+    Says what it passes over, and that it begins anew. Raises DataError when all are damaged.
+    """
+
+    def say(message: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+
+    try:
+        return load_checkpoint(run.checkpoints, warn=say)
+    except UsageError as error:
+        say(f"{error}; starting at step 1")
+        return None

@@ -19,8 +19,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,19 @@ class RunDir:
             missing = "no such directory" if not run.path.is_dir() else "it has no config.toml"
             raise UsageError(f"{path}: not a run directory: {missing}")
         return run
+
+    @contextmanager
+    def emptied_on_error(self) -> Iterator[None]:
+        """Empty the directory when what is done within fails: the command can be given again."""
+        try:
+            yield
+        except BaseException:
+            for entry in self.path.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink(missing_ok=True)
+            raise
 
     @property
     def config_path(self) -> Path:

@@ -371,9 +371,8 @@ class _Saver:
                 )
             except SaveError as error:
                 if must_succeed:
-                    raise UsageError(
-                        f"{error}; free some space and --resume {self.run.path}"
-                    ) from error
+                    mend = f"free some space and --resume {self.run.path}"
+                    raise UsageError(f"{error}; {mend}") from error
                 self.progress.message(f"warning: {error}; training goes on")
         self.loop.world.barrier()
 
