@@ -71,10 +71,10 @@ def _statistics(
     cols, edge = _edge_columns(first, middle, n_cols, VEC)
     edge_x = tl.load(logits + offset + cols * stride_col, mask=edge, other=float("-inf"))
     edge_x = _capped(edge_x.to(tl.float32), softcap, inv_softcap, SOFTCAP)
-    top = tl.maximum(tl.max(tl.where(edge, edge_x, float("-inf")), axis=0) * LOG2E, LOWEST)
-    edge_terms = tl.exp2(tl.fma(edge_x, LOG2E, -top))
-    edge_total = tl.sum(tl.where(edge, edge_terms, 0.0), axis=0)
     edge_sum = tl.sum(tl.where(edge, edge_x, 0.0), axis=0)
+    edge_x = tl.where(edge, edge_x, float("-inf"))  # which a cap made finite
+    top = tl.maximum(tl.max(edge_x, axis=0) * LOG2E, LOWEST)
+    edge_total = tl.sum(tl.exp2(tl.fma(edge_x, LOG2E, -top)), axis=0)
     lanes = tl.arange(0, BLOCK)
     groups = lanes // VEC * VEC
     start_of_groups = logits + tl.multiple_of(offset + first * stride_col, VEC)
@@ -84,7 +84,7 @@ def _statistics(
         mask = start + groups < middle
         at = start_of_groups + (start + lanes) * stride_col
         x = tl.load(at, mask=mask, other=float("-inf")).to(tl.float32)
-        if SOFTCAP:  # which makes -inf finite
+        if SOFTCAP:
             x = tl.where(mask, _capped(x, softcap, inv_softcap, SOFTCAP), float("-inf"))
         new_top = tl.maximum(top, tl.max(x, axis=0) * LOG2E)
         rescale = tl.exp2(top - new_top)

@@ -143,7 +143,7 @@ def _cpu_fwd(
     if bias is not None:
         y = y + bias.float().flatten()
     mean = x32.new_empty(0) if rms else x32.mean(-1).flatten()
-    return y.to(x.dtype).reshape(x.shape), mean, rstd.flatten()
+    return y.to(x.dtype).reshape(x.shape).contiguous(), mean, rstd.flatten()
 
 
 def _cpu_bwd(
@@ -166,7 +166,7 @@ def _cpu_bwd(
     dx = g - xhat * (g * xhat).mean(-1, keepdim=True)
     if not rms:
         dx = dx - g.mean(-1, keepdim=True)
-    return (dx * rstd[:, None]).to(x.dtype).reshape(x.shape), dw, db
+    return (dx * rstd[:, None]).to(x.dtype).reshape(x.shape).contiguous(), dw, db
 
 
 @torch.library.custom_op("fastgpt_kernels::norm_fwd", mutates_args=())

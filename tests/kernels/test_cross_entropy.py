@@ -1,0 +1,96 @@
+"""cross_entropy on the CPU: numerics against float64, exactness at the edges, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import LAYOUTS, compare
+
+from fastgpt_kernels import cross_entropy, reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OPTIONS = [
+    {},
+    {"reduction": "sum", "label_smoothing": 0.1},
+    {"reduction": "none", "softcap": 15.0, "z_loss": 1e-3},
+    {"reduction": "none", "label_smoothing": 0.2, "ignore_index": 3},
+]
+
+
+def native(x, target, softcap=None, z_loss=0.0, reduction="mean", ignore_index=-100, **options):
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    options["ignore_index"] = ignore_index
+    loss = F.cross_entropy(x.float(), target, reduction="none", **options)
+    kept = target != ignore_index
+    loss = loss + z_loss * torch.logsumexp(x.float(), -1).square() * kept
+    return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / kept.sum()}[reduction]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 8), (64, 41), (7, 1000), (3, 50257)])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_cross_entropy(rows, vocabulary, dtype, options, scale):
+    target = torch.randint(vocabulary, (rows,))
+    target[:: 3 if rows > 1 else 2**20][1:] = options.get("ignore_index", -100)
+    x = (torch.randn(rows, vocabulary) * (scale if "softcap" not in options else 4.0)).to(dtype)
+    compare(
+        lambda x, t: cross_entropy(x, t, **options),
+        lambda x, t: native(x, t, **options),
+        lambda x, t: reference.cross_entropy(x, t, **options),
+        [x, target],
+        layouts=[LAYOUTS[rows % 4], "padded"],
+    )
+
+
+def test_agrees_with_pytorch_on_float32_and_float64():
+    x, t = torch.randn(16, 33), torch.randint(33, (16,))
+    assert torch.equal(
+        cross_entropy(x, t, reduction="sum"), F.cross_entropy(x, t, reduction="none").sum()
+    )
+    assert cross_entropy(x.double(), t).dtype == torch.float64
+
+
+def test_all_rows_ignored_is_nan_with_zero_gradient():
+    x = torch.randn(4, 11, requires_grad=True)
+    loss = cross_entropy(x, torch.full((4,), -100))
+    loss.backward()
+    assert loss.isnan()
+    assert torch.equal(x.grad, torch.zeros(4, 11))
+
+
+def test_ignored_rows_give_nothing():
+    x = torch.randn(3, 11).index_fill(0, torch.tensor(1), torch.inf).requires_grad_()
+    loss = cross_entropy(x, torch.tensor([2, -100, 4]), reduction="none")
+    loss.backward(torch.randn(3))
+    assert loss[1] == 0
+    assert loss.dtype == torch.float32
+
+
+def test_low_precision_logits_give_a_float32_loss():
+    x, t = (torch.randn(64, 1000) * 3).bfloat16(), torch.randint(1000, (64,))
+    exact = F.cross_entropy(x.double(), t)
+    assert abs(cross_entropy(x, t) - exact) < 1e-6 * exact
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_NV": torch.randn(2, 3, 4)}, "flatten"),
+        ({"target_N": torch.zeros(3, dtype=torch.int64)}, "target"),
+        ({"target_N": torch.zeros(2)}, "target"),
+        ({"reduction": "avg"}, "reduction"),
+        ({"label_smoothing": 1.5}, "label_smoothing"),
+        ({"softcap": 0.0}, "softcap"),
+    ],
+)
+def test_what_is_wrong_is_named(change, message):
+    arguments = {
+        "input_NV": torch.randn(2, 5),
+        "target_N": torch.zeros(2, dtype=torch.int64),
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        cross_entropy(**arguments)
