@@ -26,7 +26,7 @@ Sources: Dao, FlashAttention-2 (arXiv 2307.08691); Milakov and Gimelshein, Onlin
 calculation for softmax (arXiv 1805.02867).
 """
 
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from fastgpt_kernels._common import tl, triton
@@ -338,31 +338,43 @@ def bwd_dq_kernel(
 
 @triton.jit
 def _dkv_loop(
-    dk, dv, k, v, q_tile, do_tile, lse_ptr, delta_ptr, stride_qt, stride_gt, lo, hi, col_ok, T,
+    dk, dv, k, v, q_tile, do_tile, lse_ptr, delta_ptr,
+    stride_qh, stride_qt, stride_gh, stride_gt, lo, hi, col_ok, T,
     first, n_head, skip, n_blocks, score_in, score_log2,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, MASK_COLS: tl.constexpr,
-    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dx^T @ q and p^T @ do over n_blocks query blocks, jumping like ``_dq_loop``.
+    """Add dx^T @ q and p^T @ do over n_blocks query blocks of each head, jumping like ``_dq_loop``.
 
     Scores are computed transposed (keys, queries): p^T and dx^T then are left operands, which the
-    tensor cores can read from registers.
+    tensor cores can read from registers. Heads and blocks share one loop, since a loop around the
+    pipelined one costs registers and drains the pipeline once a head.
     """
-    for i in range(n_blocks):
+    for step in range(GROUP * n_blocks):
+        i = step
+        member = 0
+        if GROUP > 1:
+            member = step // n_blocks
+            i = step % n_blocks
         start = first + i * BLOCK_M
         if MASKED:
             start += tl.where(i >= n_head, skip, 0)
         rows = start + tl.arange(0, BLOCK_M)
         q_pointers = q_tile + start.to(tl.int64) * stride_qt
-        q = _load_tile(q_pointers, rows < T, col_ok, MASKED, MASK_COLS)
         do_pointers = do_tile + start.to(tl.int64) * stride_gt
+        stats = rows
+        if GROUP > 1:
+            q_pointers += member.to(tl.int64) * stride_qh
+            do_pointers += member.to(tl.int64) * stride_gh
+            stats += member * T
+        q = _load_tile(q_pointers, rows < T, col_ok, MASKED, MASK_COLS)
         do = _load_tile(do_pointers, rows < T, col_ok, MASKED, MASK_COLS)
         if MASKED:
-            lse = tl.load(lse_ptr + rows, mask=rows < T, other=float("inf"))
-            delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
+            lse = tl.load(lse_ptr + stats, mask=rows < T, other=float("inf"))
+            delta = tl.load(delta_ptr + stats, mask=rows < T, other=0.0)
         else:
-            lse = tl.load(lse_ptr + rows)
-            delta = tl.load(delta_ptr + rows)
+            lse = tl.load(lse_ptr + stats)
+            delta = tl.load(delta_ptr + stats)
         x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if SOFTCAP:
             x = _tanh(x * score_in)
@@ -417,25 +429,24 @@ def bwd_dkv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    for member in range(GROUP):
-        head = (head_k * GROUP + member).to(tl.int64)
-        stats = (batch * n_heads + head) * T
-        q_base = q_ptr + batch * stride_qb + head * stride_qh
-        do_base = do_ptr + batch * stride_gb + head * stride_gh
-        q_tile = _tile(q_base, tl.arange(0, BLOCK_M), stride_qt, cols, stride_qd)
-        do_tile = _tile(do_base, tl.arange(0, BLOCK_M), stride_gt, cols, stride_gd)
-        dk, dv = _dkv_loop(
-            dk, dv, k, v, q_tile, do_tile, lse_ptr + stats, delta_ptr + stats,
-            stride_qt, stride_gt, lo, hi, col_ok, T,
-            first, n_head, n_full * BLOCK_M, n_edge, score_in, score_log2,
-            True, SOFTCAP, MASK_COLS, BLOCK_M, PRECISION,
-        )  # fmt: skip
-        dk, dv = _dkv_loop(
-            dk, dv, k, v, q_tile, do_tile, lse_ptr + stats, delta_ptr + stats,
-            stride_qt, stride_gt, lo, hi, col_ok, T,
-            full, 0, 0, n_full, score_in, score_log2,
-            False, SOFTCAP, MASK_COLS, BLOCK_M, PRECISION,
-        )  # fmt: skip
+    head = (head_k * GROUP).to(tl.int64)
+    stats = (batch * n_heads + head) * T
+    q_base = q_ptr + batch * stride_qb + head * stride_qh
+    do_base = do_ptr + batch * stride_gb + head * stride_gh
+    q_tile = _tile(q_base, tl.arange(0, BLOCK_M), stride_qt, cols, stride_qd)
+    do_tile = _tile(do_base, tl.arange(0, BLOCK_M), stride_gt, cols, stride_gd)
+    dk, dv = _dkv_loop(
+        dk, dv, k, v, q_tile, do_tile, lse_ptr + stats, delta_ptr + stats,
+        stride_qh, stride_qt, stride_gh, stride_gt, lo, hi, col_ok, T,
+        first, n_head, n_full * BLOCK_M, n_edge, score_in, score_log2,
+        True, SOFTCAP, MASK_COLS, GROUP, BLOCK_M, PRECISION,
+    )  # fmt: skip
+    dk, dv = _dkv_loop(
+        dk, dv, k, v, q_tile, do_tile, lse_ptr + stats, delta_ptr + stats,
+        stride_qh, stride_qt, stride_gh, stride_gt, lo, hi, col_ok, T,
+        full, 0, 0, n_full, score_in, score_log2,
+        False, SOFTCAP, MASK_COLS, GROUP, BLOCK_M, PRECISION,
+    )  # fmt: skip
 
     out_base = (batch * S * n_heads_k + head_k) * HEAD_DIM
     store_ok = key_ok[:, None] & col_ok[None, :]

@@ -72,6 +72,8 @@ class Report:
 
     Attributes:
         dots: matrix products in the program.
+        wide_dots: those of 16-bit operands with at least 64 rows, which every generation's
+            instruction can do (wgmma and tcgen05 do no fewer).
         registers: allocated per thread.
         spill_stores: bytes of local memory stores in the code, each instruction counted once.
         spill_loads: the same for loads.
@@ -86,6 +88,7 @@ class Report:
     """
 
     dots: int
+    wide_dots: int
     registers: int
     spill_stores: int
     spill_loads: int
@@ -205,6 +208,16 @@ def disassemble(cubin: bytes) -> tuple[str, int]:
     return text, max(int(count) for count in re.findall(r"REG:(\d+)", usage))
 
 
+_DOT = re.compile(r"\btt\.dot .*: tensor<(\d+)x\d+x(\w+)>")
+
+
+def count_dots(ttir: str) -> dict[str, int]:
+    """The ``dots`` and ``wide_dots`` of a ``Report``."""
+    found = [_DOT.search(line) for line in ttir.splitlines() if " tt.dot " in line]
+    wide = [dot for dot in found if dot and dot[2] in ("f16", "bf16") and int(dot[1]) >= 64]
+    return {"dots": len(found), "wide_dots": len(wide)}
+
+
 def _bits(mnemonic: str) -> int:
     """Width of a SASS memory access: LDG.E.128, STG.E.U16, LDGSTS.E.BYPASS.LTC128B.128 ..."""
     for part in reversed(mnemonic.split(".")):
@@ -220,7 +233,7 @@ def _widest(code: list[Instruction], prefixes: tuple[str, ...], bits: Any) -> in
 
 
 def analyse_sass(
-    text: str, registers: int, shared: int, dots: int, num_warps: int, arch: str
+    text: str, ttir: str, registers: int, shared: int, num_warps: int, arch: str
 ) -> Report:
     """Read one kernel's ``nvdisasm -c`` output."""
     code = parse_sass(text)
@@ -231,7 +244,7 @@ def analyse_sass(
         if name.endswith("MMA"):
             tensor[name] = tensor.get(name, 0) + 1
     return Report(
-        dots=dots,
+        **count_dots(ttir),
         registers=registers,
         spill_stores=sum(_bits(i.mnemonic) // 8 for i in local if i.mnemonic.startswith("STL")),
         spill_loads=sum(_bits(i.mnemonic) // 8 for i in local if i.mnemonic.startswith("LDL")),
@@ -260,7 +273,7 @@ def resident_warps(registers: int, shared: int, num_warps: int, arch: str) -> in
     return blocks * num_warps
 
 
-def analyse_amdgcn(text: str, shared: int, dots: int, num_warps: int, arch: str) -> Report:
+def analyse_amdgcn(text: str, ttir: str, shared: int, num_warps: int, arch: str) -> Report:
     """Read the AMD assembly of one kernel; wavefronts take the place of warps."""
     code = parse_amdgcn(text)
 
@@ -283,7 +296,7 @@ def analyse_amdgcn(text: str, shared: int, dots: int, num_warps: int, arch: str)
     by_shared = CHIPS[arch].shared_total // max(shared, 1) * num_warps
     memory = ("global_", "buffer_")
     return Report(
-        dots=dots,
+        **count_dots(ttir),
         registers=registers,
         spill_stores=max(spilled, sum(4 for i in scratch if "store" in i.mnemonic)),
         spill_loads=max(spilled, sum(4 for i in scratch if "load" in i.mnemonic)),
@@ -301,11 +314,11 @@ def analyse_amdgcn(text: str, shared: int, dots: int, num_warps: int, arch: str)
 def analyse(case: AotCase, arch: str) -> Report:
     """Compile one case for one chip and read its machine code."""
     kernel = compile_case(case, arch)
-    shared, dots = kernel.metadata.shared, kernel.asm["ttir"].count(" tt.dot ")
+    shared, ttir = kernel.metadata.shared, kernel.asm["ttir"]
     if arch.startswith("gfx"):
-        return analyse_amdgcn(kernel.asm["amdgcn"], shared, dots, case.num_warps, arch)
+        return analyse_amdgcn(kernel.asm["amdgcn"], ttir, shared, case.num_warps, arch)
     text, registers = disassemble(kernel.asm["cubin"])
-    return analyse_sass(text, registers, shared, dots, case.num_warps, arch)
+    return analyse_sass(text, ttir, registers, shared, case.num_warps, arch)
 
 
 def problems(report: Report, arch: str) -> list[str]:
@@ -321,11 +334,12 @@ def problems(report: Report, arch: str) -> list[str]:
         found.append("no block fits on a multiprocessor")
     if report.float64:
         found.append(f"{report.float64} float64 instructions")
-    older = sorted(name for name in report.tensor if not name.startswith(chip.tensor))
-    if report.dots and (older or not report.tensor):
-        found.append(
-            f"matrix products use {', '.join(older) or 'no tensor core'}, not {chip.tensor}"
-        )
+    current = [name for name in report.tensor if name.startswith(chip.tensor)]
+    all_wide = report.dots == report.wide_dots
+    if report.dots and not report.tensor:
+        found.append("matrix products use no tensor core")
+    elif report.wide_dots and (not current or (all_wide and len(current) < len(report.tensor))):
+        found.append(f"matrix products use {', '.join(report.tensor)}, not {chip.tensor}")
     return found
 
 
