@@ -56,8 +56,8 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raise UsageError for a shape that no model can have."""
-        sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "context", "attn_dim", "kv_heads")
-        for name in sizes:
+        sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "context")
+        for name in (*sizes, "attn_dim", "kv_heads", "ff_dim"):
             if getattr(self, name) < 1:
                 raise UsageError(f"model: {name} is {getattr(self, name)}; it must be at least 1")
         if self.head_dim is None and self.n_embd % self.n_head:
@@ -65,6 +65,8 @@ class ModelConfig:
                 f"model: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; "
                 "change one of them or set head_dim"
             )
+        if self.context < 2:
+            raise UsageError("model: context is 1; a sequence takes a token and the next")
         if self.n_head % self.kv_heads:
             raise UsageError(
                 f"model: n_head {self.n_head} is not a multiple of n_kv_head {self.kv_heads}"
@@ -137,6 +139,21 @@ class OptimConfig:
     """wsd: fraction of the steps spent going down."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 leaves gradients as they are."""
+
+    def check(self) -> None:
+        """Raise UsageError for values no optimizer can have."""
+        below_1 = all(0 <= beta < 1 for beta in self.betas)
+        bounds = dict.fromkeys(
+            ("lr", "muon_lr", "eps", "weight_decay", "warmup", "grad_clip"), math.inf
+        )
+        bounds |= dict.fromkeys(("min_lr", "muon_momentum", "decay"), 1.0)
+        for name, most in bounds.items():
+            value = getattr(self, name)
+            if not 0 <= value <= most or math.isinf(value):
+                upper = f" and at most {most:g}" if most < math.inf else " and finite"
+                raise UsageError(f"{_flag(name, value)}: it must be at least 0{upper}")
+        if not below_1:
+            raise UsageError(f"{_flag('betas', self.betas)}: both must be at least 0 and below 1")
 
     def warmup_steps(self, steps: int) -> int:
         """Number of warm-up steps of a run of ``steps``."""
@@ -216,12 +233,18 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise UsageError for values no run can have."""
-        least = {"steps": 1, "batch_tokens": 1, "log_every": 1, "skip_budget": 1}
-        least |= dict.fromkeys(("eval_every", "eval_tokens", "save_every", "keep_last"), 0)
+        positive = ("steps", "batch_tokens", "log_every", "skip_budget", "sample_tokens")
+        least = dict.fromkeys((*positive, "seq_len", "micro_batch"), 1)
+        least |= dict.fromkeys(("eval_every", "eval_tokens", "save_every", "keep_last", "seed"), 0)
         for name, bound in least.items():
-            if getattr(self, name) < bound:
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} {getattr(self, name)}: it must be at least {bound}")
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise UsageError(f"{_flag(name, value)}: it must be at least {bound}")
+
+
+def _flag(name: str, value: object) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return f"--{name.replace('_', '-')} {text}"
 
 
 @dataclass(frozen=True)
@@ -244,3 +267,14 @@ class PretrainConfig:
     train: TrainConfig = TrainConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
+
+    def check(self) -> None:
+        """Raise UsageError for values no run can have."""
+        self.train.check()
+        self.model.check()
+        self.optim.check()
+        seq_len, context = self.train.seq_len, self.model.context
+        if seq_len is not None and seq_len > context:
+            raise UsageError(f"--seq-len {seq_len} is beyond the model's --context {context}")
+        if self.stop_at is not None and self.stop_at < 1:
+            raise UsageError(f"--stop-at {self.stop_at}: it must be at least 1")

@@ -32,8 +32,7 @@ SAMPLES, PROMPT_TOKENS = 3, 12
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     config = cli.parse(PretrainConfig, argv)
-    config.train.check()
-    config.model.check()
+    config.check()
     if config.dry_run:
         from fastgpt.plan import print_plan
 
@@ -181,7 +180,8 @@ def finish(
     ends = np.flatnonzero(tokens[: 1 << 22] == tokenizer.eot_id) + 1
     starts = np.concatenate([[0], ends[ends + PROMPT_TOKENS < len(tokens)]])
     picked = starts[np.linspace(0, len(starts) - 1, SAMPLES).astype(int)]
-    prompts = [tokens[s : s + PROMPT_TOKENS].astype(np.int64).tolist() for s in picked]
+    length = min(PROMPT_TOKENS, model.config.context - 1)
+    prompts = [tokens[s : s + length].astype(np.int64).tolist() for s in picked]
     sampling = SamplingConfig(max_new_tokens=config.train.sample_tokens, seed=config.train.seed)
     new = generate(model, prompts, sampling, stop_ids=(tokenizer.eot_id,))
     samples = [
