@@ -1,8 +1,8 @@
-"""Whole commands as processes of their own, started from a server that has imported torch already.
+"""Whole commands as processes of their own, started from a server that has torch loaded already.
 
-Loading torch takes seconds. A command here is a fork of one process that did it once: it has its own
-process id, standard output, signals and exit status, like any other. Run as a program this file is
-that server; imported, it is the client. Everything that depends on how an interpreter starts
+Loading torch takes seconds. A command here is a fork of one process that did it once: it has its
+own process id, standard output, signals and exit status, like any other. Run as a program this file
+is that server; imported, it is the client. Everything that depends on how an interpreter starts
 (``--help`` without torch, torchrun, an installed wheel) is tested with real interpreters instead.
 """
 
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,6 @@ ENVIRONMENT = {
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
     "PYTHONUNBUFFERED": "1",
-    "TORCHDYNAMO_DISABLE": "1",  # compiled code has tests of its own; it takes seconds a process
 }
 SECONDS = 120  # nothing here takes so long; a command that hangs is killed and its test fails
 
@@ -75,9 +75,7 @@ class Command:
         while not condition():
             if time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
-                raise AssertionError(
-                    f"waited {SECONDS} s for a moment that never came:\n{self.out}"
-                )
+                raise AssertionError(f"a moment that never came in {SECONDS} s:\n{self.out}")
             try:
                 ended = self._connection.recv(1, socket.MSG_PEEK)
             except BlockingIOError:
@@ -112,8 +110,18 @@ class Server:
         cwd: Path,
         env: Mapping[str, str] | None = None,
         limits: Mapping[str, int] | None = None,
+        before: str = "",
     ) -> Command:
-        """``python -m module *arguments`` in ``cwd``; ``limits``: RLIMIT_... name -> value."""
+        """``python -m module *arguments`` in ``cwd``.
+
+        Args:
+            module: full name.
+            arguments: of the command line.
+            cwd: working directory.
+            env: added to the environment.
+            limits: RLIMIT_... name -> value.
+            before: Python code to run first, in the new process.
+        """
         self._count += 1
         log = self._folder / f"{self._count}.log"
         request = {
@@ -122,12 +130,62 @@ class Server:
             "cwd": str(cwd),
             "env": dict(env or {}),
             "limits": dict(limits or {}),
+            "before": before,
         }
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(str(self._path))
         with open(log, "wb") as file:
             socket.send_fds(connection, [json.dumps(request).encode()], [file.fileno()])
         return Command(connection, log)
+
+
+TINY = (
+    *("--n-layer", 2, "--n-head", 2, "--n-embd", 32, "--vocab-size", 300, "--context", 32),
+    *("--batch-tokens", 128, "--no-compile", "--dtype", "float32", "--sample-tokens", 8),
+    *("--log-every", 1, "--eval-every", 8, "--eval-tokens", 1024, "--seed", 7),
+)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    status: int
+    out: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines with which the command said what is wrong."""
+        return [line for line in self.out.splitlines() if line.startswith("fastgpt: ")]
+
+
+@dataclass(frozen=True)
+class Shell:
+    """Runs commands in one directory."""
+
+    server: Server
+    cwd: Path
+
+    def start(self, module: str, *arguments: object, **options) -> Command:
+        return self.server.start(f"fastgpt.{module}", *arguments, cwd=self.cwd, **options)
+
+    def run(self, module: str, *arguments: object, **options) -> Done:
+        command = self.start(module, *arguments, **options)
+        return Done(command.wait(), command.out)
+
+    def pretrain(self, *arguments: object, expect: int = 0, **options) -> Done:
+        """A pretraining run of the tiny model on the corpus; fails unless it exits as expected."""
+        done = self.run("pretrain", *arguments, **options)
+        assert done.status == expect, done.out
+        return done
+
+    def ranks(self, size: int, port: int, *arguments: object) -> list[Command]:
+        """Start ``pretrain`` as torchrun does, in ``size`` processes."""
+        world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return [
+            self.start("pretrain", *arguments, env={**world, "RANK": str(r), "LOCAL_RANK": str(r)})
+            for r in range(size)
+        ]
 
 
 def serve(path: str) -> None:
@@ -169,6 +227,7 @@ def _run(request: dict, output: int) -> None:
     os.environ.update(request["env"])
     for name, value in request["limits"].items():
         resource.setrlimit(getattr(resource, name), (value, resource.RLIM_INFINITY))
+    exec(request["before"], {})
     sys.argv = [request["module"], *request["arguments"]]
     status = 1
     try:

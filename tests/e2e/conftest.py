@@ -1,63 +1,15 @@
-"""Shared by the tests of whole commands: texts, a server of processes, runs used by several tests."""
+"""Shared by the tests of whole commands: texts, a server of processes, a run for several tests."""
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import Command, Server
-
-TINY = (
-    *("--n-layer", 2, "--n-head", 2, "--n-embd", 32, "--vocab-size", 300, "--context", 32),
-    *("--batch-tokens", 128, "--no-compile", "--dtype", "float32", "--sample-tokens", 8),
-    *("--log-every", 1, "--eval-every", 8, "--eval-tokens", 1024, "--seed", 7),
-)
-
-
-@dataclass(frozen=True)
-class Done:
-    """A command that has ended."""
-
-    status: int
-    out: str
-
-    @property
-    def errors(self) -> list[str]:
-        """The lines with which the command said what is wrong."""
-        return [line for line in self.out.splitlines() if line.startswith("fastgpt: ")]
-
-
-@dataclass(frozen=True)
-class Shell:
-    """Runs commands in one directory."""
-
-    server: Server
-    cwd: Path
-
-    def start(self, module: str, *arguments: object, **options) -> Command:
-        return self.server.start(f"fastgpt.{module}", *arguments, cwd=self.cwd, **options)
-
-    def run(self, module: str, *arguments: object, **options) -> Done:
-        command = self.start(module, *arguments, **options)
-        return Done(command.wait(), command.out)
-
-    def pretrain(self, *arguments: object, expect: int = 0, **options) -> Done:
-        """A pretraining run of the tiny model on the corpus; fails unless it exits as expected."""
-        done = self.run("pretrain", *arguments, **options)
-        assert done.status == expect, done.out
-        return done
-
-    def ranks(self, size: int, port: int, *arguments: object) -> list[Command]:
-        """Start ``pretrain`` as torchrun does, in ``size`` processes."""
-        world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        return [
-            self.start("pretrain", *arguments, env={**world, "RANK": str(r), "LOCAL_RANK": str(r)})
-            for r in range(size)
-        ]
+from commands import TINY, Server, Shell
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +62,6 @@ def base_run(server: Server, corpus: Path, tmp_path_factory) -> tuple[Path, str]
 @pytest.fixture
 def fresh(base_run: tuple[Path, str], tmp_path: Path) -> Callable[[str], Path]:
     """Copy of the base run under a name, to be damaged."""
-    import shutil
 
     def copy(name: str = "copy") -> Path:
         return Path(shutil.copytree(base_run[0], tmp_path / name))

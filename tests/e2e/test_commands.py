@@ -9,10 +9,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from commands import real_python
-from conftest import TINY, Shell
+from commands import TINY, Shell, real_python
 
 from fastgpt.checkpoint import load_checkpoint
+from fastgpt.shards import open_shard
 from fastgpt.tokenizer import Tokenizer
 
 
@@ -58,11 +58,8 @@ def timings(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "timings.jsonl").read_text().splitlines()]
 
 
-def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_validation_text(base_run, shell, tmp_path):
+def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_validation_text(shell, tmp_path):
     """Of all validation tokens, against the bytes of the decoded text."""
-    from fastgpt.shards import open_shard
-
-    run, _ = base_run
     out = tmp_path / "whole"
     arguments = ["--data", "my.txt", "--out", out, "--steps", 1, *TINY, "--eval-tokens", 0]
     shell.pretrain(*arguments)
