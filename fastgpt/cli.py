@@ -8,17 +8,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
+import math
 import os
 import sys
 import tomllib
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fastgpt import presets
-from fastgpt.errors import DataError, FastGPTError, UsageError
+from fastgpt.errors import FastGPTError, OutOfMemoryError, UsageError
 
 C = TypeVar("C")
 
@@ -31,29 +34,52 @@ def parse(kind: type[C], argv: Sequence[str] | None = None) -> C:
 
     ``kind`` has the fields ``preset``, ``config`` and ``resume``.
     """
-    import tyro
-
     argv = list(sys.argv[1:] if argv is None else argv)
     tree: dict[str, Any] = {}
     config_file, resume = _peek(argv, "--config"), _peek(argv, "--resume")
+    preset = _peek(argv, "--preset")
     if resume:
+        for flag, given in (("--config", config_file), ("--preset", preset)):
+            if given:
+                raise UsageError(f"{flag} {given}: a resumed run keeps its own; leave {flag} out")
         tree = read_toml(Path(resume) / "config.toml", "--resume")
     elif config_file:
         tree = read_toml(Path(config_file), "--config")
-    preset = _peek(argv, "--preset") or tree.get("preset", "auto")
+    preset = preset or tree.get("preset", "auto")
     if not resume:
         tree = _merge(presets.overrides(preset), tree)
     default = from_tree(kind, tree | {"preset": preset}, config_file or resume or "preset")
-    return tyro.cli(kind, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
+    families = itertools.groupby(presets.PRESETS, key=lambda name: name.partition("-")[0])
+    notes = [f"Presets; auto is {presets.CPU}, or {presets.GPU} on a machine with a GPU:"]
+    notes += [f"- {', '.join(names)}" for _, names in families]
+    return from_flags(kind, argv, default=default, notes="\n".join(notes))
+
+
+def from_flags(
+    kind: type[C], argv: Sequence[str] | None = None, *, default: C | None = None, notes: str = ""
+) -> C:
+    """Flags alone; ``XConfig`` is the configuration of the module ``fastgpt.x``."""
+    import tyro
+
+    return tyro.cli(
+        kind,
+        args=argv,
+        default=tyro.MISSING_NONPROP if default is None else default,
+        prog=f"python -m fastgpt.{kind.__name__.removesuffix('Config').lower()}",
+        description="\n\n".join([kind.__doc__ or "", notes]).strip(),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
 
 
 def _peek(argv: Sequence[str], flag: str) -> str | None:
-    for i, word in enumerate(argv):
-        if word == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(flag + "="):
-            return word[len(flag) + 1 :]
-    return None
+    """The value of ``flag``, the last one as in the full parse."""
+    found = None
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        if word == flag:
+            found = following
+        elif word.startswith(flag + "="):
+            found = word[len(flag) + 1 :]
+    return found
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,21 +120,36 @@ def from_tree(kind: type[C], tree: Mapping[str, Any], where: str) -> C:
     return kind(**values)
 
 
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    Path: "a path in quotes",
+}
+
+
 def _convert(value: Any, kind: Any, where: str) -> Any:
-    text = str(kind)
-    if isinstance(value, str) and "Path" in text:
-        return Path(value)
-    if isinstance(value, list):
-        inner = Path if "Path" in text else lambda item: item
-        return tuple(inner(item) for item in value)
-    if isinstance(value, int) and not isinstance(value, bool) and kind is float:
-        return float(value)
-    allowed = getattr(kind, "__args__", ())
-    if "Literal" in text and value not in allowed:
-        raise UsageError(f"{where} is {value!r}; one of {', '.join(map(repr, allowed))}")
-    if kind in (int, float, bool, str) and type(value) is not kind:
-        raise UsageError(f"{where} is {value!r}; it must be a {kind.__name__}")
-    return value
+    """A value out of a TOML file as the type ``kind`` of a field. Raises UsageError."""
+    if get_origin(kind) in (Union, UnionType):
+        (kind,) = (option for option in get_args(kind) if option is not NoneType)
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        if value not in parts:
+            raise UsageError(f"{where} is {value!r}; one of {', '.join(map(repr, parts))}")
+        return value
+    if get_origin(kind) is tuple:
+        any_length = parts[-1] is Ellipsis
+        if not isinstance(value, list) or not (any_length or len(value) == len(parts)):
+            length = "" if any_length else f" of {len(parts)}"
+            raise UsageError(f"{where} is {value!r}; it must be a list{length}")
+        kinds = parts[:1] * len(value) if any_length else parts
+        return tuple(_convert(item, k, where) for item, k in zip(value, kinds, strict=True))
+    if type(value) is not ({Path: str}.get(kind, kind)) and not (
+        kind is float and type(value) is int
+    ):
+        raise UsageError(f"{where} is {value!r}; it must be {_KINDS[kind]}")
+    return kind(value)
 
 
 def to_tree(config: Any, *, skip: Sequence[str] = NOT_SAVED) -> dict[str, Any]:
@@ -141,11 +182,13 @@ def to_toml(tree: Mapping[str, Any]) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, float) and value == int(value) and abs(value) < 1e15:
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
         return f"{value:.1f}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    if isinstance(value, str):  # of the letters that TOML wants escaped, JSON leaves out one
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[], int]:
@@ -159,13 +202,26 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[], int]:
             return _report(str(error), error.exit_code)
         except KeyboardInterrupt:
             return _report("interrupted", 130)
+        except BrokenPipeError:  # the reader of a pipe has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except Exception as error:
-            if type(error).__name__ != "OutOfMemoryError" or "--debug" in sys.argv:
+            if not _is_out_of_memory(error):
                 raise
-            return _report("out of device memory: lower --micro-batch, --seq-len or the model", 5)
+            message = "out of memory: lower --micro-batch, --seq-len or the model"
+            return _report(message, OutOfMemoryError.exit_code)
         return 0
 
     return run
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # By name, for torch may not be loaded; its CPU allocator has no class of its own.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
 
 
 def _report(message: str, code: int) -> int:
@@ -174,6 +230,3 @@ def _report(message: str, code: int) -> int:
     if int(os.environ.get("RANK", "0")) == 0 or code != 75:
         print(f"fastgpt: {message}", file=sys.stderr, flush=True)
     return code
-
-
-__all__ = ["DataError", "command", "from_tree", "parse", "read_toml", "to_toml", "to_tree"]

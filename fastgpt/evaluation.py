@@ -10,6 +10,7 @@ import torch
 
 from fastgpt.data import IGNORE_INDEX, MicroBatch, bytes_of
 from fastgpt.distributed import World
+from fastgpt.errors import DataError
 from fastgpt.model import GPT
 from fastgpt.trainer import LossFn, to_device
 
@@ -26,8 +27,11 @@ def evaluate_loss(
 
     Returns:
         ``val_loss`` in nats per token and ``val_bpb`` in bits per byte of UTF-8 text.
+
+    Raises:
+        DataError: no process has a target.
     """
-    loss, tokens, text_bytes = torch.zeros((), device=world.device), 0, 0
+    loss, tokens, text_bytes = torch.zeros((), dtype=torch.float64, device=world.device), 0, 0
     for batch in batches:
         targets = batch["targets_BT"]
         count = int((targets != IGNORE_INDEX).sum())
@@ -36,4 +40,6 @@ def evaluate_loss(
         tokens += count
         text_bytes += bytes_of(targets, bytes_per_id)
     total, tokens, text_bytes = world.sum([loss.item(), tokens, text_bytes])
+    if tokens == 0:
+        raise DataError("the validation data has no target to predict; raise --val-fraction")
     return {"val_loss": total / tokens, "val_bpb": total / math.log(2) / max(1, text_bytes)}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastgpt.cli import command, from_flags
 from fastgpt.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from fastgpt.model import GPT
+    from fastgpt.model import GPT, KVCache
+    from fastgpt.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -116,17 +119,24 @@ def stream(
         torch.Generator().manual_seed(sampling.seed + 7919 * i) for i in range(len(prompts))
     ]
     done = [False] * len(prompts)
-    stance = torch.compiler.set_stance("force_eager")  # every length would be compiled anew
-    with torch.no_grad(), stance:
-        cache = KVCache(model, len(prompts), length + n_new, pads)
-        for _ in range(n_new):
-            logits_BV = model.logits(model(tokens_BT, cache=cache)[:, -1])
-            tokens_BT = sample(logits_BV, sampling, generators)[:, None]
-            ids = tokens_BT[:, 0].tolist()
-            done = [d or token in stop_ids for d, token in zip(done, ids, strict=True)]
-            if all(done):
-                return
-            yield [None if d else token for d, token in zip(done, ids, strict=True)]
+    cache = KVCache(model, len(prompts), length + n_new, pads)
+    for _ in range(n_new):
+        tokens_BT = sample(_next_logits(model, tokens_BT, cache), sampling, generators)[:, None]
+        ids = tokens_BT[:, 0].tolist()
+        done = [d or token in stop_ids for d, token in zip(done, ids, strict=True)]
+        if all(done):
+            return
+        yield [None if d else token for d, token in zip(done, ids, strict=True)]
+
+
+def _next_logits(model: GPT, tokens_BT: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """Logits (B, V) behind ``tokens_BT``, which join the cache."""
+    import torch
+
+    # Not around the loop of `stream`, whose caller would run under them between two tokens.
+    eager = torch.compiler.set_stance("force_eager")  # every length would be compiled anew
+    with torch.no_grad(), eager:
+        return model.logits(model(tokens_BT, cache=cache)[:, -1])
 
 
 def sample(
@@ -155,30 +165,52 @@ def sample(
     return torch.cat(rows)
 
 
+def complete(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: SamplingConfig,
+    *,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """Continue texts, each to its end-of-text id or to just before the first of ``stop``."""
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    rows: list[list[int]] = [[] for _ in ids]
+    texts = [""] * len(ids)
+    for new in stream(model, ids, sampling, stop_ids=(tokenizer.eot_id,)):
+        for row, token in zip(rows, new, strict=True):
+            if token is not None:
+                row.append(token)
+        texts = [tokenizer.decode(row) for row in rows]
+        ended = [
+            token is None or _cut(text, stop) != text
+            for token, text in zip(new, texts, strict=True)
+        ]
+        if all(ended):
+            break
+    return [_cut(text, stop) for text in texts]
+
+
+def _cut(text: str, marks: Sequence[str]) -> str:
+    for mark in marks:
+        text = text.partition(mark)[0]
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    import sys
-
-    import tyro
-
-    config = tyro.cli(GenerateConfig, args=argv, config=(tyro.conf.OmitArgPrefixes,))
+    config = from_flags(GenerateConfig, argv)
     config.sampling.check()
+    if "" in config.stop:
+        raise UsageError("--stop: an empty text would end every continuation at once")
     from fastgpt.run import load_model
 
     model, tokenizer = load_model(config.run, step=config.step, device=config.device)
-    prompts = list(config.prompt) or [sys.stdin.read()]
-    ids = [tokenizer.encode(text) for text in prompts]
-    stop_ids = (tokenizer.eot_id,)
-    for text, new in zip(
-        prompts, generate(model, ids, config.sampling, stop_ids=stop_ids), strict=True
-    ):
-        continuation = tokenizer.decode(new)
-        for mark in config.stop:
-            continuation = continuation.partition(mark)[0]
-        print(text + continuation)
+    prompts = config.prompt or (sys.stdin.read(),)
+    texts = complete(model, tokenizer, prompts, config.sampling, stop=config.stop)
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(prompt + text)
 
 
 if __name__ == "__main__":
-    from fastgpt.cli import command
-
     raise SystemExit(command(main)())

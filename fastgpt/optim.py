@@ -77,7 +77,7 @@ class Optimizers:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state_tensors` returned. Raises DataError for another optimizer's state."""
+        """Put back what `state_tensors` returned. Raises DataError for another's state."""
         parameters = {name: p for p, name in self._names.items()}
         owners = {
             p: o for o in self._optimizers for group in o.param_groups for p in group["params"]

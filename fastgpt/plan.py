@@ -30,7 +30,6 @@ def plan(config: PretrainConfig) -> dict[str, str]:
     flops = tokens * model.flops_per_token(seq_len)
     peak = peak_flops(device, dtype)
     parameters = model.n_params()
-    checkpoint = 12 * parameters if config.optim.optimizer == "adamw" else 10 * parameters
     kept = f"{settings.keep_last + 1} of them at most" if settings.keep_last else "all are kept"
     sources = config.data.data or (embedded_text(),)
     return {
@@ -41,15 +40,22 @@ def plan(config: PretrainConfig) -> dict[str, str]:
         "steps": f"{settings.steps:,}",
         "tokens": f"{tokens:,}",
         "memory": f"{_size(training_bytes(config, micro, dtype.itemsize))} (estimate)",
-        "disk": f"{_size(checkpoint)} a checkpoint, {kept}; token shards besides",
+        "disk": f"{_size(checkpoint_bytes(config))} a checkpoint, {kept}; token shards besides",
         "compute": f"{flops:.3g} FLOPs",
         "time": f"{_duration(flops / (peak * _ASSUMED_MFU))} "
         f"(estimate: {_ASSUMED_MFU:.0%} of {peak / 1e12:.3g} TFLOP/s)",
     }
 
 
+def checkpoint_bytes(config: PretrainConfig) -> int:
+    """Weights and moments in float32: AdamW has two moments a parameter, Muon one."""
+    model = config.model
+    hidden = int(model.flops_per_token(0)) // 6 - model.vocab_size * model.n_embd
+    return 12 * model.n_params() - (4 * hidden if config.optim.optimizer == "muon" else 0)
+
+
 def training_bytes(config: PretrainConfig, micro: int, itemsize: int) -> int:
-    """Weights, gradients and moments in float32, and the activations of one micro-batch.
+    """Weights, moments and gradients in float32, and the activations of one micro-batch.
 
     Activations a layer: about 10 widths of C and 2 to 3 of the MLP a token are kept for the
     backward.
@@ -60,7 +66,7 @@ def training_bytes(config: PretrainConfig, micro: int, itemsize: int) -> int:
     widths = 10 * model.n_embd + (3 if model.mlp == "swiglu" else 2) * model.ff_dim
     activations = model.n_layer * rows * widths * itemsize
     logits = min(rows * model.vocab_size * itemsize, 1 << 28)
-    return 16 * model.n_params() + activations + 2 * logits
+    return checkpoint_bytes(config) + 4 * model.n_params() + activations + 2 * logits
 
 
 def _size(n_bytes: float) -> str:

@@ -136,7 +136,8 @@ def overrides(name: str) -> Overrides:
         has_gpu = any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/kfd"))
         name = GPU if has_gpu else CPU
     if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(PRESETS)}"
+        close = [known for known in PRESETS if known.startswith(str(name))]
+        close = close or difflib.get_close_matches(str(name), PRESETS, 1)
+        hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(PRESETS)}"
         raise UsageError(f"--preset {name}: no such preset; {hint}")
     return PRESETS[name]
