@@ -150,18 +150,18 @@ def _gradients(
     """
     n_rows, n_cols = input.shape[0], weight.shape[0]
     weight = weight.to(input.dtype)
+    if n_rows and needs[0] and needs[1] and _cpu_fused(input, bias, options):
+        ignore_index, _, z_loss, softcap = options
+        losses_and_gradients = cpu.linear_cross_entropy_gradients(
+            grad, input, weight, target.long(),
+            ignore_index=ignore_index, z_loss=z_loss, softcap=softcap or None,
+        )  # fmt: skip
+        return *losses_and_gradients, input.new_empty(0, dtype=torch.float32)
     loss = input.new_empty(n_rows, dtype=torch.float32)
     dinput = input.new_empty(input.shape if needs[0] else 0)
     dweight = input.new_zeros(weight.shape if needs[1] else 0, dtype=torch.float32)
     dbias = input.new_zeros(n_cols if needs[2] else 0, dtype=torch.float32)
     if n_rows == 0:
-        return loss, dinput, dweight, dbias
-    if needs[0] and needs[1] and _cpu_fused(input, bias, options):
-        ignore_index, _, z_loss, softcap = options
-        loss, dinput, dweight = cpu.linear_cross_entropy_gradients(
-            grad, input, weight, target.long(),
-            ignore_index=ignore_index, z_loss=z_loss, softcap=softcap or None,
-        )  # fmt: skip
         return loss, dinput, dweight, dbias
     step = chunk_rows(n_rows, n_cols)
     buffer = _logits_buffer(input, weight, min(step, n_rows))
