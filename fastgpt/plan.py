@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastgpt.config import PretrainConfig
-from fastgpt.data import embedded_text
+from fastgpt.documents import embedded_text
+
+if TYPE_CHECKING:
+    from fastgpt.distributed import World
 
 # Fraction of the hardware's peak that a small model reaches; only used for the time estimate.
 _ASSUMED_MFU = 0.3
@@ -19,7 +24,6 @@ def plan(config: PretrainConfig) -> dict[str, str]:
     """The figures of the run as text, each with its unit; estimates say so."""
     from fastgpt.distributed import World, pick_device
     from fastgpt.hardware import compute_dtype, peak_flops
-    from fastgpt.pretrain import batch_shape
 
     model, settings = config.model, config.train
     device = pick_device(settings.device, 0)
@@ -45,6 +49,17 @@ def plan(config: PretrainConfig) -> dict[str, str]:
         "time": f"{_duration(flops / (peak * _ASSUMED_MFU))} "
         f"(estimate: {_ASSUMED_MFU:.0%} of {peak / 1e12:.3g} TFLOP/s)",
     }
+
+
+def batch_shape(config: PretrainConfig, world: World) -> tuple[int, int]:
+    """Sequences of an optimizer step, and of one forward pass of one process."""
+    seq_len = config.train.seq_len or config.model.context
+    batch_size = max(1, config.train.batch_tokens // seq_len)
+    if config.train.micro_batch:
+        return batch_size, config.train.micro_batch
+    most = max(1, (16384 if world.device.type == "cuda" else 8192) // seq_len)
+    share = max(1, batch_size // world.size)
+    return batch_size, max(d for d in range(1, most + 1) if share % d == 0)
 
 
 def checkpoint_bytes(config: PretrainConfig) -> int:

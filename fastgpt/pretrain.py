@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from fastgpt import cli
 from fastgpt.config import PretrainConfig
+from fastgpt.plan import batch_shape, print_plan
 from fastgpt.rundir import RunDir, write_atomic
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(PretrainConfig, argv)
     config.check()
     if config.dry_run:
-        from fastgpt.plan import print_plan
-
         print_plan(config)
         return
     from fastgpt.distributed import world
@@ -149,17 +148,6 @@ def _prepare(
     batch_size, micro = batch_shape(config, world)
     check_batches(train_set, batch_size=batch_size, micro_batch_size=micro, world_size=world.size)
     return config, tokenizer, train_set, val_set
-
-
-def batch_shape(config: PretrainConfig, world: World) -> tuple[int, int]:
-    """Sequences of an optimizer step, and of one forward pass of one process."""
-    seq_len = config.train.seq_len or config.model.context
-    batch_size = max(1, config.train.batch_tokens // seq_len)
-    if config.train.micro_batch:
-        return batch_size, config.train.micro_batch
-    most = max(1, (16384 if world.device.type == "cuda" else 8192) // seq_len)
-    share = max(1, batch_size // world.size)
-    return batch_size, max(d for d in range(1, most + 1) if share % d == 0)
 
 
 def finish(

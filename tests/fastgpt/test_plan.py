@@ -10,9 +10,10 @@ import torch
 
 from fastgpt import cli, hardware
 from fastgpt.config import OptimConfig, PretrainConfig
+from fastgpt.distributed import World
 from fastgpt.model import GPT
 from fastgpt.optim import Optimizers
-from fastgpt.plan import checkpoint_bytes, plan
+from fastgpt.plan import batch_shape, checkpoint_bytes, plan
 from fastgpt.presets import PRESETS
 
 
@@ -62,3 +63,21 @@ def test_every_preset_has_a_plan(name):
     figures = plan(configuration(name))
     assert all(figures.values())
     assert float(figures["memory"].split()[0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "micro_batch", "device", "size", "expected"),
+    [
+        (8192, None, "cpu", 1, (32, 32)),
+        (16384, None, "cpu", 1, (64, 32)),  # 8k tokens at a time
+        (16384, None, "cuda", 1, (64, 64)),  # 16k
+        (16384, None, "cpu", 4, (64, 16)),  # a process has a quarter
+        (256 * 35, None, "cpu", 1, (35, 7)),  # 32 would not divide 35
+        (256 * 37, None, "cpu", 1, (37, 1)),
+        (100, None, "cpu", 1, (1, 1)),
+        (8192, 3, "cpu", 1, (32, 3)),
+    ],
+)
+def test_batch_shape(tokens, micro_batch, device, size, expected):
+    config = configuration("cpu-tiny", batch_tokens=tokens, micro_batch=micro_batch)
+    assert batch_shape(config, World(0, size, torch.device(device))) == expected
