@@ -7,7 +7,8 @@ Triton compiles ahead of time for a target that is only named; its wheel carries
 without a run: registers, local memory traffic (spills), in total and inside loops, shared memory
 against the chip's limit, resident warps, which generation of tensor cores does the work, float64
 instructions and the widest global access. ``bench/results/static_<arch>.json`` keeps the accepted
-numbers, which may only improve; ``--accept`` writes them. Exit status 1 if a case fails.
+numbers, which may only improve: ``--accept`` writes those of the cases that pass, and a worse number
+is accepted by deleting its line first. Exit status 1 if a case fails.
 
 This must run in a process without ``TRITON_INTERPRET``, which would replace the compiler.
 """
@@ -412,11 +413,10 @@ def accepted_rows(directory: Path, arch: str) -> dict[str, Any]:
 
 
 def accept(directory: Path, arch: str, rows: dict[str, Any]) -> None:
-    """Record ``rows`` as the numbers to keep, one line a case, beside those of other cases."""
+    """Record ``rows`` as the numbers to keep, one line a case."""
     import triton
 
-    merged = {**accepted_rows(directory, arch), **rows}
-    lines = [f"  {json.dumps(name)}: {json.dumps(merged[name])}" for name in sorted(merged)]
+    lines = [f"  {json.dumps(name)}: {json.dumps(rows[name])}" for name in sorted(rows)]
     head = f'{{\n "triton": {json.dumps(triton.__version__)},\n "cases": {{\n'
     results_file(directory, arch).write_text(head + ",\n".join(lines) + "\n }\n}\n")
 
@@ -467,16 +467,18 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     for arch in options.arch:
         cases = select(kernel_cases(), arch, options.match, options.main)
-        accepted = {} if options.accept else accepted_rows(options.results, arch)
+        accepted = accepted_rows(options.results, arch)
+        rows = dict(accepted) if options.match or options.main else {}
         print(f"{arch}\n{HEADER}")
-        rows = {}
         for case, row, found in check(cases, arch, accepted):
-            print(format_row(case.name, row) if row else case.name)
+            print(format_row(case.name, row) if row else case.name, flush=True)
             for problem in found:
                 print(f"    FAIL {problem}")
             failed = failed or bool(found)
             if row and not found:
                 rows[case.name] = row
+            elif case.name in accepted:
+                rows[case.name] = accepted[case.name]
         if options.accept:
             accept(options.results, arch, rows)
     return int(failed)
