@@ -227,6 +227,6 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _report(message: str, code: int) -> int:
     if "--debug" in sys.argv:
         traceback.print_exc()
-    if int(os.environ.get("RANK", "0")) == 0 or code != 75:
+    if message and (os.environ.get("RANK", "0") == "0" or code not in (4, 75)):
         print(f"fastgpt: {message}", file=sys.stderr, flush=True)
     return code

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from fastgpt.errors import UsageError
+from fastgpt.errors import FastGPTError, PeerError, UsageError
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,25 @@ class World:
         """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Wait for all processes at the end; what fails in one fails in all, and one says why.
+
+        Raises the FastGPTError of the first process that has one, in the others PeerError.
+        """
+        error = None
+        try:
+            yield
+        except FastGPTError as raised:
+            error = raised
+        code = error.exit_code if error else 0
+        codes = self.sum([code if rank == self.rank else 0 for rank in range(self.size)])
+        first = next((rank for rank, found in enumerate(codes) if found), None)
+        if error is not None and first == self.rank:
+            raise error
+        if first is not None:
+            raise PeerError(int(codes[first]))
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:

@@ -1,4 +1,4 @@
-"""Errors a user can cause: one line saying what, where and how to mend it, and an exit code each."""
+"""Errors a user can cause: one line saying what, where and how to mend it, and an exit code."""
 
 
 class FastGPTError(Exception):
@@ -29,6 +29,14 @@ class OutOfMemoryError(FastGPTError):
     """The device ran out of memory; the message names the flags that lower the demand."""
 
     exit_code = 5
+
+
+class PeerError(FastGPTError):
+    """Another process of the run failed and says why; this one ends silently with its code."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("")
+        self.exit_code = exit_code
 
 
 class Preempted(FastGPTError):

@@ -71,7 +71,8 @@ def pretrain(config: PretrainConfig, world: World) -> None:
     from fastgpt.trainer import train
 
     run = _open_run(config, world)
-    checkpoint = resume_from(run) if config.resume else None
+    with world.together():
+        checkpoint = resume_from(run) if config.resume else None
     new_run = world.rank == 0 and not config.resume
     with run.emptied_on_error() if new_run else contextlib.nullcontext():
         config, tokenizer, train_set, val_set = _prepare(config, run, world)
@@ -115,14 +116,15 @@ def pretrain(config: PretrainConfig, world: World) -> None:
 
 
 def _open_run(config: PretrainConfig, world: World) -> RunDir:
-    if config.resume:
-        return RunDir.open(config.resume)
     path = config.train.out or Path("runs") / f"pretrain-{config.preset}"
-    run = RunDir.create(path) if world.rank == 0 else RunDir(path)
-    if world.rank == 0:  # at once, so that a run killed from here on can be resumed
-        write_atomic(run.config_path, cli.to_toml(cli.to_tree(config)))
-    world.barrier()
-    return run
+    with world.together():
+        if config.resume:
+            return RunDir.open(config.resume)
+        if world.rank == 0:
+            run = RunDir.create(path)
+            # At once, so that a run killed from here on can be resumed.
+            write_atomic(run.config_path, cli.to_toml(cli.to_tree(config)))
+    return RunDir(path)
 
 
 def _prepare(
@@ -140,13 +142,15 @@ def _prepare(
     if world.rank == 0:
         write_atomic(run.config_path, cli.to_toml(cli.to_tree(config)))
     seq_len = settings.seq_len or config.model.context
-    shards = [
-        open_shard(path, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash)
-        for path in (data.train_path, data.val_path)
-    ]
-    train_set, val_set = (PackedDataset([s], seq_len, seed=settings.seed) for s in shards)
     batch_size, micro = batch_shape(config, world)
-    check_batches(train_set, batch_size=batch_size, micro_batch_size=micro, world_size=world.size)
+    with world.together():
+        shards = [
+            open_shard(path, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash)
+            for path in (data.train_path, data.val_path)
+        ]
+        train_set, val_set = (PackedDataset([s], seq_len, seed=settings.seed) for s in shards)
+        sizes = {"batch_size": batch_size, "micro_batch_size": micro, "world_size": world.size}
+        check_batches(train_set, **sizes)
     return config, tokenizer, train_set, val_set
 
 

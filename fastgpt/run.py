@@ -62,25 +62,31 @@ def prepare_data(
 ) -> tuple[Tokenizer, TokenizedData]:
     """The tokenizer and the token shards of ``run``; rank 0 makes them unless they are there."""
     directory = run.path / "tokens"
-    if world.rank == 0 and find_tokenized(directory) is None:
-        documents = read_documents(
-            config.data or (embedded_text(),), text_key=config.text_key, on_error=config.on_bad_data
+    with world.together():
+        if world.rank == 0 and find_tokenized(directory) is None:
+            _tokenize(config, vocab_size, seed, run)
+    with world.together():
+        data = find_tokenized(directory)
+        if data is None:
+            raise DataError(f"{directory}: no token shards; do all processes see the same files?")
+        tokenizer = load_tokenizer(run)
+    return tokenizer, data
+
+
+def _tokenize(config: DataConfig, vocab_size: int, seed: int, run: RunDir) -> None:
+    documents = read_documents(
+        config.data or (embedded_text(),), text_key=config.text_key, on_error=config.on_bad_data
+    )
+    tokenizer = _make_tokenizer(config, vocab_size, documents, run)
+    with task("tokenize", documents.bytes_total) as bar:
+        tokenize_documents(
+            documents,
+            tokenizer,
+            run.path / "tokens",
+            val_fraction=config.val_fraction,
+            seed=seed,
+            progress=lambda done, _total: bar.update(done),
         )
-        tokenizer = _make_tokenizer(config, vocab_size, documents, run)
-        with task("tokenize", documents.bytes_total) as bar:
-            tokenize_documents(
-                documents,
-                tokenizer,
-                directory,
-                val_fraction=config.val_fraction,
-                seed=seed,
-                progress=lambda done, _total: bar.update(done),
-            )
-    world.barrier()
-    data = find_tokenized(directory)
-    if data is None:
-        raise DataError(f"{directory}: no token shards; do all processes see the same files?")
-    return load_tokenizer(run), data
 
 
 def _make_tokenizer(

@@ -158,7 +158,8 @@ def train(
     with contextlib.ExitStack() as stack:
         logs = _Logs.open(run, loop.state.step, stack) if rank0 else None
         saver = _Saver(loop, run, progress, config.keep_last, dict(extra_state or {}), logs)
-        saver.check_space()
+        with world.together():
+            saver.check_space()
         if not config.compile:  # reaches the compiled CPU kernels too
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stop = stack.enter_context(listen_for_stop(announce=rank0))
@@ -357,24 +358,27 @@ class _Saver:
 
         Raises UsageError when it fails although no later one will make up for it.
         """
-        if self.logs is not None:
-            self.logs.metrics.sync()
-            state = {"train": vars(self.loop.state), "rng": rng_state(), **self.extra_state}
-            try:
-                save_checkpoint(
-                    self.run.checkpoints,
-                    self.loop.state.step,
-                    self.loop.tensors(),
-                    state,
-                    keep_last=self.keep_last,
-                    warn=self.progress.message,
-                )
-            except SaveError as error:
-                if must_succeed:
-                    mend = f"free some space and --resume {self.run.path}"
-                    raise UsageError(f"{error}; {mend}") from error
-                self.progress.message(f"warning: {error}; training goes on")
-        self.loop.world.barrier()
+        with self.loop.world.together():
+            if self.logs is not None:
+                self._save(self.logs, must_succeed)
+
+    def _save(self, logs: _Logs, must_succeed: bool) -> None:
+        logs.metrics.sync()
+        state = {"train": vars(self.loop.state), "rng": rng_state(), **self.extra_state}
+        try:
+            save_checkpoint(
+                self.run.checkpoints,
+                self.loop.state.step,
+                self.loop.tensors(),
+                state,
+                keep_last=self.keep_last,
+                warn=self.progress.message,
+            )
+        except SaveError as error:
+            if must_succeed:
+                mend = f"free some space and --resume {self.run.path}"
+                raise UsageError(f"{error}; {mend}") from error
+            self.progress.message(f"warning: {error}; training goes on")
 
 
 def load_weights(model: GPT, checkpoint: Checkpoint) -> None:
