@@ -339,8 +339,6 @@ class _SentencePieceTokenizer(Tokenizer):
             raise DataError(f"{file}: not a sentencepiece model ({_one_line(error)})") from None
         processor = self._processor
         self.vocab_size = processor.GetPieceSize()
-        if self.vocab_size == 0:
-            raise DataError(f"{file}: a sentencepiece model without pieces")
         ids = range(self.vocab_size)
         self.special_tokens = {processor.IdToPiece(i): i for i in ids if processor.IsControl(i)}
         self._bytes = [self._piece_bytes(i) for i in ids]

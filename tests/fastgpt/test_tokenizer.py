@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import pickle
 import random
@@ -204,7 +205,15 @@ def test_hash_follows_the_content(gpt2, tmp_path):
     reread.save(tmp_path / "u.json")
     assert (tmp_path / "u.json").read_bytes() == (tmp_path / "t.json").read_bytes()
     others = [samples.trained("gpt4"), Tokenizer.train(samples.documents(), 2999, pattern="gpt2")]
-    assert len({gpt2.hash, *(other.hash for other in others)}) == 3
+    first, second, *rest = gpt2.vocabulary.merges
+    changes = [
+        {"merges": (second, first, *rest)},
+        {"specials": {"<|end|>": 2999}},
+        {"whole_pieces": True},
+        {"pattern": "llama3"},
+    ]
+    others += [type(gpt2)(dataclasses.replace(gpt2.vocabulary, **change)) for change in changes]
+    assert len({gpt2.hash, *(other.hash for other in others)}) == 7
 
 
 def test_threads_share_one_tokenizer(gpt2):
