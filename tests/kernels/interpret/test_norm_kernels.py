@@ -22,7 +22,7 @@ PAIRS = [
     (64, 768, torch.bfloat16, "contiguous", "random"),
     (5, 1023, torch.float32, "transposed", "expanded"),
     (3, 4096, torch.float16, "padded", "random"),
-    (3, 9000, torch.bfloat16, "contiguous", "expanded"),
+    (20, 9000, torch.bfloat16, "contiguous", "expanded"),
     (2, 17001, torch.float32, "offset", "random"),
 ]
 FULL = list(
