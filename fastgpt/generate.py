@@ -181,7 +181,7 @@ def complete(
         for row, token in zip(rows, new, strict=True):
             if token is not None:
                 row.append(token)
-        texts = [tokenizer.decode(row) for row in rows]
+        texts = [continuation(tokenizer, *pair) for pair in zip(ids, rows, strict=True)]
         ended = [
             token is None or _cut(text, stop) != text
             for token, text in zip(new, texts, strict=True)
@@ -189,6 +189,15 @@ def complete(
         if all(ended):
             break
     return [_cut(text, stop) for text in texts]
+
+
+def continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text that ``new`` adds behind ``prompt``.
+
+    Decoded together: alone, a sentencepiece model would drop the space in front of the first word.
+    """
+    prefix = tokenizer.decode(prompt)
+    return tokenizer.decode([*prompt, *new])[len(prefix) :]
 
 
 def _cut(text: str, marks: Sequence[str]) -> str:

@@ -165,7 +165,7 @@ def finish(
     """Print samples and results, write the report."""
     import numpy as np
 
-    from fastgpt.generate import SamplingConfig, generate
+    from fastgpt.generate import SamplingConfig, continuation, generate
     from fastgpt.report import environment, write_report
 
     tokens = val_set.shards[0].tokens
@@ -177,7 +177,7 @@ def finish(
     sampling = SamplingConfig(max_new_tokens=config.train.sample_tokens, seed=config.train.seed)
     new = generate(model, prompts, sampling, stop_ids=(tokenizer.eot_id,))
     samples = [
-        {"prompt": tokenizer.decode(prompt), "text": tokenizer.decode(ids)}
+        {"prompt": tokenizer.decode(prompt), "text": continuation(tokenizer, prompt, ids)}
         for prompt, ids in zip(prompts, new, strict=True)
     ]
     for sample in samples:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,13 +30,10 @@ from fastgpt.rundir import RunDir
 from fastgpt.tokenizer import Tokenizer, train_sentencepiece
 from fastgpt.trainer import load_weights
 
-_SENTENCEPIECE = "tokenizer.model"
-
 
 def load_tokenizer(run: RunDir) -> Tokenizer:
     """The tokenizer a run was trained with."""
-    sentencepiece = run.path / _SENTENCEPIECE
-    return Tokenizer.from_file(sentencepiece if sentencepiece.is_file() else run.tokenizer_path)
+    return Tokenizer.from_file(run.tokenizer_path)
 
 
 def load_model(
@@ -92,23 +88,21 @@ def _tokenize(config: DataConfig, vocab_size: int, seed: int, run: RunDir) -> No
 def _make_tokenizer(
     config: DataConfig, vocab_size: int, documents: Documents, run: RunDir
 ) -> Tokenizer:
-    if run.tokenizer_path.is_file() or (run.path / _SENTENCEPIECE).is_file():
+    if run.tokenizer_path.is_file():
         return load_tokenizer(run)
     if config.tokenizer is not None:
-        if not config.tokenizer.is_file():
-            raise UsageError(f"--tokenizer {config.tokenizer}: no such file")
         tokenizer = Tokenizer.from_file(config.tokenizer)
-        name = _SENTENCEPIECE if config.tokenizer.suffix == ".model" else run.tokenizer_path.name
-        shutil.copyfile(config.tokenizer, run.path / name)
-        return tokenizer
-    with task("train tokenizer: read", documents.bytes_total) as bar:
-        texts = _texts(documents, bar)
-        try:
-            if config.tokenizer_kind == "sentencepiece":
-                return train_sentencepiece(texts, vocab_size, run.path / _SENTENCEPIECE)
-            tokenizer = Tokenizer.train(texts, vocab_size, pattern=config.pattern)
-        except ValueError as error:
-            raise UsageError(f"--vocab-size {vocab_size}: {error}") from error
+    else:
+        with task("train tokenizer: read", documents.bytes_total) as bar:
+            texts = _texts(documents, bar)
+            try:
+                if config.tokenizer_kind == "sentencepiece":
+                    model_path = run.tokenizer_path.with_suffix(".model")
+                    tokenizer = train_sentencepiece(texts, vocab_size, model_path)
+                else:
+                    tokenizer = Tokenizer.train(texts, vocab_size, pattern=config.pattern)
+            except ValueError as error:
+                raise UsageError(f"--vocab-size {vocab_size}: {error}") from error
     tokenizer.save(run.tokenizer_path)
     return tokenizer
 
