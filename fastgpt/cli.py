@@ -74,7 +74,7 @@ def from_flags(
 def _peek(argv: Sequence[str], flag: str) -> str | None:
     """The value of ``flag``, the last one as in the full parse."""
     found = None
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
+    for word, following in zip(argv, [*argv[1:], None], strict=False):
         if word == flag:
             found = following
         elif word.startswith(flag + "="):
