@@ -27,12 +27,14 @@ ENVIRONMENT = {
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
     "PYTHONUNBUFFERED": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a pool of processes does not survive a fork
 }
 SECONDS = 120  # nothing here takes so long; a command that hangs is killed and its test fails
 
 # What the commands load, except the modules that are run themselves.
 _PRELOAD = (
     "torch._dynamo",
+    "torch._inductor.compile_fx",
     "torch.distributed",
     "fastgpt.evaluation",
     "fastgpt.plan",

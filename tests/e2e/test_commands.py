@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from commands import TINY, Shell, real_python
 
+from fastgpt import cli
 from fastgpt.checkpoint import load_checkpoint
+from fastgpt.config import PretrainConfig
 from fastgpt.shards import open_shard
 from fastgpt.tokenizer import Tokenizer
 
@@ -150,6 +152,15 @@ def test_a_config_file_gives_what_flags_gave(base_run, shell: Shell, tmp_path):
     before["train"].pop("out")
     after["train"].pop("out")
     assert before == after
+
+
+def test_no_argument_is_needed():
+    """As ``make train`` does: a preset for this machine, on the text that comes with us."""
+    config = cli.parse(PretrainConfig, [])
+    assert config.preset == "auto"
+    assert config.data.data == ()
+    assert config.model.n_layer > 0
+    config.check()
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(shell: Shell, tmp_path):
