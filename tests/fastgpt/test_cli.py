@@ -54,8 +54,15 @@ def test_default_then_preset_then_file_then_flags(toml):
     assert (over.preset, over.model.n_embd, over.model.n_layer) == ("gpt2-small", 768, 3)
 
 
-def test_the_last_of_repeated_flags_counts():
-    config = parse("--preset", "gpt2-small", "--preset=gpt2-large", "--steps", "3", "--steps", "4")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--preset", "gpt2-small", "--preset=gpt2-large"],
+        ["--preset=gpt2-small", "--preset", "gpt2-large"],
+    ],
+)
+def test_the_last_of_repeated_flags_counts(flags):
+    config = parse(*flags, "--steps", "3", "--steps", "4")
     assert (config.preset, config.model.n_embd, config.train.steps) == ("gpt2-large", 1280, 4)
 
 

@@ -281,7 +281,7 @@ def test_cache_gives_what_the_whole_sequence_gives(config, dtype):
         pieces = [model(piece, cache=cache) for piece in ids.split([5, 1, 1, 3, 1, 7], dim=1)]
     assert cache.length == 18
     scale = whole.abs().max().item()
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     assert (torch.cat(pieces, 1) - whole).abs().max().item() < tolerance * scale
 
 
