@@ -76,7 +76,7 @@ def test_an_unknown_flag_is_named(shell: Shell, tmp_path):
 
 BAD_TOML = {
     "unknown key": ("[train]\nstpes = 4\n", ["[train]", "'stpes'", "'steps'"]),
-    "unknown table": ("[modle]\nn_layer = 1\n", ["'modle'", "'model'"]),
+    "unknown table": ("[mdel]\nn_layer = 1\n", ["'mdel'", "'model'"]),
     "type": ("[train]\nsteps = 'many'\n", ["steps", "'many'", "whole number"]),
     "syntax": ("[train\nsteps = 4\n", ["line 1"]),
     "choice": ("[optim]\noptimizer = 'sgd'\n", ["optimizer", "'sgd'", "'adamw'"]),
