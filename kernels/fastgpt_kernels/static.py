@@ -7,7 +7,7 @@ Triton compiles ahead of time for a target that is only named; its wheel carries
 without a run: registers, local memory traffic (spills), in total and inside loops, shared memory
 against the chip's limit, resident warps, which generation of tensor cores does the work, float64
 instructions and the widest global access. ``bench/results/static_<arch>.json`` keeps the accepted
-numbers, which may only improve: ``--accept`` writes those of the cases that pass, and a worse number
+numbers, which may only improve: ``--accept`` writes those of the cases that pass; a worse number
 is accepted by deleting its line first. Exit status 1 if a case fails.
 
 This must run in a process without ``TRITON_INTERPRET``, which would replace the compiler.

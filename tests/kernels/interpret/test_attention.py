@@ -285,12 +285,17 @@ def test_two_runs_give_the_same_bits():
 
 def test_addresses_beyond_32_bits():
     """Rows 2^26 elements apart: row 32 and later start past element 2^31."""
-    T, D, stride = 40, 16, 1 << 26
-    # Anonymous memory is committed page by page, so 5 GB of it cost nothing.
-    memory = mmap.mmap(-1, 2 * (T * stride), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    storage = torch.frombuffer(memory, dtype=torch.float16)
+    T, D, stride, below = 40, 16, 1 << 26, 1 << 31
+    # Anonymous memory is committed page by page, so 10 GB of it cost nothing. The part below is
+    # where products that wrap around would read: zeros, rather than a crash.
+    reserve_nothing = getattr(mmap, "MAP_NORESERVE", 0x4000)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
+    storage = torch.frombuffer(
+        mmap.mmap(-1, 2 * (below + T * stride), flags=flags), dtype=torch.float16
+    )
     q, k, v, grad = (
-        storage.as_strided((1, 1, T, D), (0, 0, stride, 1), offset) for offset in (0, 64, 128, 192)
+        storage.as_strided((1, 1, T, D), (0, 0, stride, 1), below + offset)
+        for offset in (0, 64, 128, 192)
     )
     near = [torch.randn(1, 1, T, D).half() for _ in range(4)]
     for far, values in zip((q, k, v, grad), near, strict=True):
