@@ -136,7 +136,7 @@ class OptimConfig:
     warmup: float = 0.02
     """Fraction of the steps, or a number of steps when at least 1."""
     decay: float = 0.4
-    """wsd: fraction of the steps spent going down."""
+    """wsd: fraction of the steps after warm-up that go down."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 leaves gradients as they are."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, peak in _GPU_PEAK.items():
-            if part in name:
+            if re.search(rf"\b{part}(?!\d)", name):  # A100, but not RTX A1000
                 return peak if dtype == torch.bfloat16 else peak / 2
     elif device.type != "cpu":
         raise UsageError(f"--device {device}: only cpu and cuda (ROCm included) are supported")

@@ -391,4 +391,10 @@ def load_weights(model: GPT, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: {name} is {found}, the configured model needs "
                 f"{tuple(parameter.shape)}; use the config.toml of that run"
             )
+    surplus = sorted(weights.keys() - model.state_dict().keys())
+    if surplus:
+        raise DataError(
+            f"{checkpoint.path}: {surplus[0]} has no place in the configured model; use the "
+            "config.toml of that run"
+        )
     model.load_state_dict(weights)

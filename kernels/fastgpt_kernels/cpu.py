@@ -260,8 +260,9 @@ def _row_terms(
     lse = top + total.log()
     # d(loss)/d(logit) = p * (1 + 2 z lse) - onehot
     growth = 1.0 + 2.0 * z_loss * lse
-    coef = (torch.exp(picked - lse) * growth - 1.0) * slope * grad
-    loss = lse - picked + z_loss * lse * lse
+    log_p = picked - top - total.log()  # not picked - lse, which cancels where logits are large
+    coef = (torch.expm1(log_p) * growth + (growth - 1.0)) * slope * grad
+    loss = z_loss * lse * lse - log_p
     return torch.where(grad == 0, 0.0, loss).squeeze(1), coef, growth / total * grad
 
 
@@ -301,7 +302,7 @@ def linear_cross_entropy_gradients(
     """Losses, and gradients of ``sum(grad * loss)``, in one pass over the logits.
 
     The part of a row's gradient that belongs to its target is left out of ``e`` and added in
-    float32, which also keeps the relative accuracy of ``p - 1`` when p approaches 1.
+    float32: it is the largest part, and ``p - 1`` keeps float32 accuracy when p approaches 1.
 
     Args:
         grad_N: float32 weight of each row.
