@@ -59,6 +59,12 @@ class Command:
     def send(self, signum: int) -> None:
         os.kill(self.pid, signum)
 
+    def handles(self, signum: int) -> bool:
+        """Whether the command has a handler of its own for a signal that ends others."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+        return bool(int(caught.split()[1], 16) >> (signum - 1) & 1)
+
     def wait(self) -> int:
         """Exit status, negative for a signal."""
         self._connection.settimeout(SECONDS)

@@ -44,7 +44,6 @@ USAGE = {
     "learning rate": (["--lr", -1], ["--lr -1"]),
     "window": (["--seq-len", 64], ["seq", "64", "32"]),
     "no GPU": (["--device", "cuda"], ["--device cuda", "--device cpu"]),
-    "tokenizer": (["--tokenizer", "none.json"], ["--tokenizer none.json"]),
     "kind of file": (["--data", "my.pdf"], ["my.pdf"]),
     "config": (["--config", "none.toml"], ["--config none.toml"]),
 }
@@ -120,6 +119,16 @@ def test_bad_data_is_named_with_its_place(case, shell: Shell, tmp_path):
     for part in named:
         assert part in line
     assert not run.exists() or list(run.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"version": "1.0", "model": {"type": "x"}}'])
+def test_a_tokenizer_that_cannot_be_read_is_named(content, shell: Shell, tmp_path):
+    path, run = tmp_path / "mine.json", tmp_path / "run"
+    if content is not None:
+        path.write_text(content)
+    arguments = ["--data", "my.txt", "--out", run, "--steps", 4, *TINY, "--tokenizer", path]
+    assert str(path) in only_line(shell.pretrain(*arguments, expect=3))
+    assert list(run.iterdir()) == []
 
 
 def test_bad_documents_can_be_skipped(shell: Shell, tmp_path):
