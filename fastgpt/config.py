@@ -123,7 +123,7 @@ class OptimConfig:
     """muon: Muon for hidden matrices, AdamW for the rest."""
     lr: float = 3e-3
     """Peak learning rate of AdamW."""
-    muon_lr: float = 0.02
+    muon_lr: float = 5e-3
     """Peak learning rate of Muon (RMS-matched: arXiv:2502.16982)."""
     min_lr: float = 0.0
     """Fraction of the peak reached at the end."""

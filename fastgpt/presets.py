@@ -88,7 +88,7 @@ def _modern(n_layer: int, n_head: int, n_embd: int, vocab_size: int, context: in
             "tied": True,
             **shape,
         },
-        "optim": {"optimizer": "muon"},
+        "optim": {"optimizer": "muon", "lr": 1e-2, "muon_lr": 5e-3},
         "train": dict(_GPU_TRAIN),
     }
 

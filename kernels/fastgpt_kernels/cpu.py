@@ -1,9 +1,8 @@
 """The CPU paths: plain PyTorch arranged so that a CPU with fast bfloat16 matrix units is kept busy.
 
-`attention` keeps PyTorch's fused forward and replaces its backward. The backward recomputes the
-probabilities from the saved log-sum-exp as batched matrix products (Dao 2023, "FlashAttention-2",
-section 3.1, without tiling): five GEMMs and one fused elementwise pass are about twice as fast as
-PyTorch's own fused CPU backward when the T x S scores fit in memory.
+`attention` inside a compiled graph is batched GEMMs with fused elementwise passes between them; its
+backward takes half the time of PyTorch's fused one, as long as the T x T scores fit in memory.
+Elsewhere it is PyTorch's.
 
 `linear_cross_entropy_gradients` never normalises the softmax. It stores ``e = exp(logits - max)``,
 one exponential and one pass for each logit, and folds ``1 / sum(e)`` into the narrow operands of
@@ -84,25 +83,43 @@ def visibility(
     return seen
 
 
-def _scores(q: Tensor, k: Tensor) -> Tensor:
-    """``q @ k^T`` in float32, from products in the fast dtype.
+@torch.library.custom_op("fastgpt_kernels::cpu_scores", mutates_args=())
+def _scores(q: Tensor, k: Tensor, narrow: bool) -> Tensor:
+    """``q @ k^T`` of float32 (N, T, D) and (N, S, D) in float32.
 
-    A bfloat16 GEMM rounds its float32 sums to bfloat16. Subtracting that result inside a second
-    GEMM leaves the rounding error, again rounded to bfloat16: together 16 bits, at 0.7 of the time
-    of a float32 GEMM. With 8 bits the gradients of peaked attention would be ten times less
-    accurate than PyTorch's.
+    ``narrow``: the numbers came from bfloat16, so oneDNN may multiply them as such. That is exact,
+    and the sums stay float32; a bfloat16 GEMM would round them, and the gradients of peaked
+    attention would be ten times less accurate than PyTorch's.
     """
-    q, k_T = q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)
-    scores = torch.bmm(q, k_T)
-    if q.dtype == torch.float32:
-        return scores
-    return scores.float() + torch.baddbmm(scores, q, k_T, beta=-1).float()
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16" if narrow else "ieee"
+    try:
+        return torch.bmm(q, k.transpose(1, 2))
+    finally:
+        matmul.fp32_precision = before
 
 
-@torch.compiler.assume_constant_result  # a compiled graph would compare positions again and again
-@functools.lru_cache(maxsize=8)
-def _causal_bias(T: int) -> Tensor:
+@_scores.register_fake
+def _(q: Tensor, k: Tensor, narrow: bool) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], k.shape[1])
+
+
+@torch.library.custom_op("fastgpt_kernels::cpu_causal_bias", mutates_args=())
+def _causal_bias(q_BHTD: Tensor) -> Tensor:
+    """Float32 (T, T): 0 where a key is seen, `NEVER` elsewhere.
+
+    An operator, so that a compiled graph reads it from memory: it would compare 64-bit positions
+    for every score instead, at twice the time of the softmax.
+    """
+    T = q_BHTD.shape[2]
     return torch.full((T, T), NEVER).triu_(1)
+
+
+@_causal_bias.register_fake
+def _(q_BHTD: Tensor) -> Tensor:
+    T = q_BHTD.shape[2]
+    return q_BHTD.new_empty((T, T), dtype=torch.float32)
 
 
 class _SelfAttention(torch.autograd.Function):
@@ -114,7 +131,9 @@ class _SelfAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, bias, scale):  # pyright: ignore[reportIncompatibleMethodOverride]
-        scores = _scores(q, k).unflatten(0, q.shape[:2]) * scale + bias
+        flat = (x.flatten(0, 1).float().contiguous() for x in (q, k))
+        scores = _scores(*flat, q.dtype == torch.bfloat16).unflatten(0, q.shape[:2])
+        scores = scores * scale + bias
         top = scores.amax(-1, keepdim=True)
         below_top = scores - top
         e = torch.where(below_top < LOG_TINY, 0.0, torch.exp(below_top)).to(q.dtype)
@@ -141,11 +160,9 @@ class _SelfAttention(torch.autograd.Function):
 
 
 def _plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
-    scores = (q @ k.transpose(-1, -2)).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = softcap * torch.tanh((q @ k.transpose(-1, -2)).float() * (scale / softcap))
     if seen is None:
         return torch.softmax(scores, -1).to(q.dtype) @ v
     probs = torch.softmax(scores.masked_fill(~seen, float("-inf")), -1)
@@ -171,25 +188,26 @@ def attention(
     if groups > 1:
         k_BHSD = k_BHSD.repeat_interleave(groups, dim=1)
         v_BHSD = v_BHSD.repeat_interleave(groups, dim=1)
-    masked = window is not None or doc_start is not None
-    training = q_BHTD.requires_grad or k_BHSD.requires_grad or v_BHSD.requires_grad
+    triangle = causal and T == S and window is None and doc_start is None
     seen = None
-    if masked or (causal and T != S):
+    if softcap is not None or not triangle:
         seen = visibility(
             T, S, causal=causal, window=window, doc_start_BT=doc_start, device=q_BHTD.device
         )
-    if softcap is not None or (seen is not None and not (causal and T == S)):
-        if seen is None and causal:
-            seen = visibility(
-                T, S, causal=True, window=None, doc_start_BT=None, device=q_BHTD.device
-            )
+    if softcap is not None:
         return _plain_attention(q_BHTD, k_BHSD, v_BHSD, seen, scale, softcap)
-    if causal and training and B * H * T * T <= MAX_STORED_SCORES:
-        bias = _causal_bias(T) if seen is None else torch.where(seen, 0.0, NEVER)
+    training = q_BHTD.requires_grad or k_BHSD.requires_grad or v_BHSD.requires_grad
+    if causal and T == S and training and B * H * T * T <= MAX_STORED_SCORES and _compiling():
+        bias = _causal_bias(q_BHTD.detach()) if seen is None else torch.where(seen, 0.0, NEVER)
         return _SelfAttention.apply(q_BHTD, k_BHSD, v_BHSD, bias, scale)
     return F.scaled_dot_product_attention(
-        q_BHTD, k_BHSD, v_BHSD, attn_mask=seen, is_causal=causal and seen is None, scale=scale
+        q_BHTD, k_BHSD, v_BHSD, attn_mask=seen, is_causal=triangle, scale=scale
     )
+
+
+def _compiling() -> bool:
+    """Uncompiled, the elementwise passes between the GEMMs cost more than the GEMMs save."""
+    return torch.compiler.is_compiling()
 
 
 def _exp_and_sum(logits_NV: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,21 +225,38 @@ def _exp_and_sum(logits_NV: Tensor, softcap: float | None) -> tuple[Tensor, Tens
 _fused_exp_and_sum = fused(_exp_and_sum)
 
 
-class _GELUTanh(torch.autograd.Function):
-    """GELU, tanh approximation, by one sigmoid: tanh(u) = 2 sigmoid(2u) - 1.
+def _gelu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+    """By one sigmoid: tanh(u) = 2 sigmoid(2u) - 1."""
+    xf = x.float()
+    square = xf * xf
+    s = torch.sigmoid(xf * (GELU_A + GELU_B * square))
+    y = xf * s
+    slope = s + y * (1.0 - s) * (GELU_A + 3.0 * GELU_B * square)
+    return y.to(x.dtype), slope.to(x.dtype)
 
-    The forward stores the slope, so that the backward has no transcendental function.
-    """
+
+_fused_gelu_and_slope = fused(_gelu_and_slope)
+
+
+@torch.library.custom_op("fastgpt_kernels::cpu_gelu_tanh", mutates_args=())
+def _gelu_op(x: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU and its slope; an operator, because a compiler would compute the slope twice."""
+    return _fused_gelu_and_slope(x)
+
+
+@_gelu_op.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+class _GELUTanh(torch.autograd.Function):
+    """GELU, tanh approximation; the backward has no transcendental function."""
 
     @staticmethod
     def forward(ctx, x):  # pyright: ignore[reportIncompatibleMethodOverride]
-        xf = x.float()
-        square = xf * xf
-        s = torch.sigmoid(xf * (GELU_A + GELU_B * square))
-        y = xf * s
-        slope = s + y * (1.0 - s) * (GELU_A + 3.0 * GELU_B * square)
-        ctx.save_for_backward(slope.to(x.dtype))
-        return y.to(x.dtype)
+        y, slope = _gelu_op(x)
+        ctx.save_for_backward(slope)
+        return y
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -18,6 +18,12 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(cpu, "_can_compile", lambda: False)
 
 
+@pytest.fixture(params=[True, False], ids=["gemms", "sdpa"])
+def attention_path(request, monkeypatch):
+    """What a compiled graph runs, and what eager code runs; here both eagerly."""
+    monkeypatch.setattr(cpu, "_compiling", lambda: request.param)
+
+
 def heads(dtype, *, B=2, H=2, HK=None, T=19, S=None, D=16):
     shapes = (B, H, T, D), (B, HK or H, S or T, D), (B, HK or H, S or T, D)
     return [torch.randn(shape).to(dtype) for shape in shapes]
@@ -56,6 +62,7 @@ CASES = {
 }
 
 
+@pytest.mark.usefixtures("attention_path")
 @DTYPES
 @pytest.mark.parametrize(("sizes", "options"), CASES.values(), ids=CASES)
 def test_attention(sizes, options, dtype):
@@ -96,6 +103,7 @@ def test_a_query_that_sees_no_key_gives_zero_and_no_gradient(options, T, dtype):
         assert result.isfinite().all()
 
 
+@pytest.mark.usefixtures("attention_path")
 @DTYPES
 @pytest.mark.parametrize(("T", "options"), [(1, {}), (19, {"window": 1})], ids=["token", "window"])
 def test_a_query_with_one_key_passes_no_gradient_to_its_score(T, options, dtype):
@@ -113,12 +121,14 @@ def test_a_query_with_one_key_passes_no_gradient_to_its_score(T, options, dtype)
 
 
 def test_long_sequences_take_the_path_that_stores_no_scores(monkeypatch):
+    monkeypatch.setattr(cpu, "_compiling", lambda: True)
     monkeypatch.setattr(cpu, "MAX_STORED_SCORES", 2 * 2 * 19 * 19 - 1)
     monkeypatch.setattr(cpu._SelfAttention, "apply", None)
     test_attention({}, {}, torch.float32)
     test_attention({}, {"doc_start": STARTS}, torch.float32)
 
 
+@pytest.mark.usefixtures("attention_path")
 @DTYPES
 @pytest.mark.parametrize("scale", [3, 10, 40])
 def test_peaked_attention(scale, dtype):
@@ -132,6 +142,7 @@ def test_peaked_attention(scale, dtype):
     )
 
 
+@pytest.mark.usefixtures("attention_path")
 @pytest.mark.parametrize("scale", [1, 10, 100])
 def test_bfloat16_probabilities_sum_to_one(scale):
     """If the backward made them of rounded scores, exp() would be off by e^2 at a score of 1000."""
@@ -144,14 +155,14 @@ def test_bfloat16_probabilities_sum_to_one(scale):
 
 @pytest.mark.full
 def test_compiled_attention_gives_the_same(monkeypatch):
-    """The one elementwise pass of the backward, through Inductor."""
+    """The same arithmetic, through Inductor."""
     inputs = heads(torch.float32)
     results = []
-    for compiled in (False, True):
-        monkeypatch.setattr(cpu, "_can_compile", lambda compiled=compiled: compiled)
+    for attention in (torch.compile(cpu.attention), cpu.attention):
         leaves = [x.clone().requires_grad_() for x in inputs]
-        cpu.attention(*leaves).square().sum().backward()
+        attention(*leaves).square().sum().backward()
         results.append([x.grad for x in leaves])
+        monkeypatch.setattr(cpu, "_compiling", lambda: True)
     for eager, inductor in zip(*results, strict=True):
         torch.testing.assert_close(inductor, eager, atol=1e-5, rtol=1e-5)
 
