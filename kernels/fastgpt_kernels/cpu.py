@@ -91,7 +91,7 @@ def _scores(q: Tensor, k: Tensor, narrow: bool) -> Tensor:
     and the sums stay float32; a bfloat16 GEMM would round them, and the gradients of peaked
     attention would be ten times less accurate than PyTorch's.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16" if narrow else "ieee"
     try:
