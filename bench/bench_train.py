@@ -44,7 +44,8 @@ def tokens(vocab_size: int, step: int):
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def run_fastgpt(vocab_size: int, steps: int) -> dict:
+def fastgpt_parts(vocab_size: int, steps: int) -> tuple:
+    """What the loop takes: model, loss, settings, optimizer settings, the one process."""
     import torch
 
     from fastgpt.config import ModelConfig, OptimConfig, TrainConfig
@@ -53,32 +54,39 @@ def run_fastgpt(vocab_size: int, steps: int) -> dict:
     from fastgpt.memory import keep_freed_memory
     from fastgpt.model import GPT
     from fastgpt.pretrain import loss_fn
-    from fastgpt.rundir import RunDir, read_metrics
-    from fastgpt.trainer import train
 
     keep_freed_memory()
     torch.manual_seed(0)
     family = {"norm": "layer_norm", "mlp": "gelu_tanh", "position": "learned"}
     config = ModelConfig(**SHAPE, **family, vocab_size=vocab_size, context=T)
     device = torch.device("cpu")
-    model = GPT(config, compute_dtype("auto", device))
+    return (
+        GPT(config, compute_dtype("auto", device)),
+        loss_fn,
+        TrainConfig(steps=steps, log_every=1, save_every=0, eval_every=0),
+        OptimConfig(optimizer="adamw", lr=1e-3, warmup=0.0, schedule="cosine", min_lr=1.0),
+        World(0, 1, device),
+    )
 
-    def batches(step: int):
-        inputs, targets = tokens(vocab_size, step)
-        return [{"inputs_BT": inputs, "targets_BT": targets}]
+
+def fastgpt_batch(vocab_size: int, step: int) -> list[dict]:
+    inputs, targets = tokens(vocab_size, step)
+    return [{"inputs_BT": inputs, "targets_BT": targets}]
+
+
+def run_fastgpt(vocab_size: int, steps: int) -> dict:
+    from fastgpt.rundir import RunDir, read_metrics
+    from fastgpt.trainer import train
+
+    model, loss_fn, config, optim, world = fastgpt_parts(vocab_size, steps)
+
+    def batches(step: int) -> list[dict]:
+        return fastgpt_batch(vocab_size, step)
 
     with tempfile.TemporaryDirectory() as directory:
         run = RunDir(Path(directory))
         train(
-            model,
-            batches,
-            loss_fn,
-            TrainConfig(steps=steps, log_every=1, save_every=0, eval_every=0),
-            OptimConfig(optimizer="adamw", lr=1e-3, warmup=0.0, schedule="cosine", min_lr=1.0),
-            world=World(0, 1, device),
-            run=run,
-            seq_len=T,
-            stage="bench",
+            model, batches, loss_fn, config, optim, world=world, run=run, seq_len=T, stage="bench"
         )
         losses = [line["loss"] for line in read_metrics(run.metrics_path)]
         rates = [line["tokens_per_s"] for line in read_metrics(run.timings_path)]
@@ -218,14 +226,17 @@ def table(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def test_training_step(benchmark) -> None:
-    """Our own step, for `pytest bench/ --benchmark-compare`."""
-    result = run_fastgpt(1024, 6)
-    assert abs(result["losses"][0] - math.log(1024)) < 0.5
-    assert result["losses"][-1] < result["losses"][0]
-    seconds = [B * T / rate for rate in result["rates"][WARMUP_STEPS:]]
-    times = iter(seconds)
-    benchmark.extra_info["tokens_per_s"] = round(B * T / statistics.median(seconds))
-    benchmark.pedantic(lambda: time.sleep(next(times)), rounds=len(seconds), iterations=1)
+    """Our own step, for `pytest bench/ --benchmark-compare`; first its loss, then its time."""
+    from fastgpt.trainer import StopRequest, _Loop
+
+    loop = _Loop(*fastgpt_parts(vocab_size=1024, steps=100), seq_len=T)
+    losses = [loop.step(fastgpt_batch(1024, step), StopRequest()).loss for step in range(4)]
+    assert abs(losses[0] - math.log(1024)) < 0.5
+    assert losses[-1] < losses[0]
+    benchmark.pedantic(
+        lambda: loop.step(fastgpt_batch(1024, 4), StopRequest()), rounds=10, iterations=1
+    )
+    benchmark.extra_info["tokens_per_s"] = round(B * T / benchmark.stats["median"])
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def parse(kind: type[C], argv: Sequence[str] | None = None) -> C:
         tree = read_toml(Path(resume) / "config.toml", "--resume")
     elif config_file:
         tree = read_toml(Path(config_file), "--config")
-    preset = preset or tree.get("preset", "auto")
+    preset = presets.resolve(preset or tree.get("preset", "auto"))
     if not resume:
         tree = _merge(presets.overrides(preset), tree)
     default = from_tree(kind, tree | {"preset": preset}, config_file or resume or "preset")

@@ -130,11 +130,16 @@ PRESETS: dict[str, Overrides] = {
 }
 
 
+def resolve(name: str) -> str:
+    """The preset that ``name`` stands for: "auto" looks for the device file of a GPU."""
+    if name != "auto":
+        return name
+    return GPU if any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/kfd")) else CPU
+
+
 def overrides(name: str) -> Overrides:
-    """The overrides of preset ``name``; "auto" looks for the device file of a GPU."""
-    if name == "auto":
-        has_gpu = any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/kfd"))
-        name = GPU if has_gpu else CPU
+    """The overrides of preset ``name``. Raises UsageError for a name that is none."""
+    name = resolve(name)
     if name not in PRESETS:
         close = [known for known in PRESETS if known.startswith(str(name))]
         close = close or difflib.get_close_matches(str(name), PRESETS, 1)
