@@ -235,8 +235,9 @@ def _curves(metrics: Records, timings: Records) -> str:
     figures.append(_figure("Throughput, tokens / s", rate, log=False))
     for records in (metrics, timings):
         for key in dict.fromkeys(key for record in records for key in record):
-            if key not in _CHARTS_ELSEWHERE:
-                curve = _raw_and_smooth(key, _points(records, key))
+            points = _points(records, key)
+            if key not in _CHARTS_ELSEWHERE and any(y for _, y in points):  # "skipped" is mostly 0
+                curve = _raw_and_smooth(key, points)
                 figures.append(_figure(key.replace("_", " "), curve, log=False))
     figures = [figure for figure in figures if figure]
     return f'<section class="charts">{"".join(figures)}</section>' if figures else ""
