@@ -107,7 +107,7 @@ def test_a_second_interrupt_quits_at_once(shell: Shell, tmp_path):
     command = shell.start(
         "pretrain", *arguments(run, "--micro-batch", 1, "--batch-tokens", 1 << 20)
     )
-    command.wait_until(lambda: command.handles(signal.SIGTERM))  # python alone has SIGINT only
+    command.wait_until(lambda: command.handles(signal.SIGTERM))  # SIGINT comes first
     command.send(signal.SIGINT)
     command.wait_until(lambda: "again" in command.out)
     command.send(signal.SIGINT)

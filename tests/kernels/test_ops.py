@@ -47,6 +47,9 @@ def _cases():
     yield "linear_cross_entropy_sum", (*half, None, t, *options, False, True, False)
     plain = [v.detach() for v in (x, w, b)]
     yield "linear_cross_entropy_bwd", (rows[:5], *plain, t, *options, True, False, True)
+    yield "cpu_scores", (torch.randn(2, 3, 4), torch.randn(2, 5, 4), False)
+    yield "cpu_causal_bias", (torch.randn(1, 2, 5, 4),)
+    yield "cpu_gelu_tanh", (torch.randn(6, 3, dtype=torch.bfloat16),)
 
 
 CASES = list(_cases())
