@@ -12,6 +12,8 @@ the ratios are taken round by round. Contenders, each as its users start it:
     plain-bf16      the same under bfloat16 autocast and torch.compile
     hf-bf16         transformers.GPT2LMHeadModel under bfloat16 autocast and torch.compile
     *-tuned         the same, given the allocator settings that fastgpt applies by itself
+
+The GELU is GPT-2's own (tanh) in ours and Hugging Face's, and erf in the plain one, as in nanoGPT.
 """
 
 from __future__ import annotations
