@@ -281,8 +281,8 @@ class _Loop:
         if self.state.skipped_in_row >= self.config.skip_budget:
             raise DivergedError(
                 f"step {self.state.step + 1}: loss {loss} or gradient norm {grad_norm} is not "
-                f"finite, {self.state.skipped_in_row} steps in a row; resume an earlier checkpoint "
-                "with a lower --lr, or look at the data of these steps"
+                f"finite, {self.state.skipped_in_row} steps in a row; go on from the last "
+                "checkpoint with --resume and a lower --lr, or look at the data of these steps"
             )
 
 

@@ -1,7 +1,7 @@
 """The CPU paths: plain PyTorch arranged so that a CPU with fast bfloat16 matrix units is kept busy.
 
-`attention` inside a compiled graph is batched GEMMs with fused elementwise passes between them; its
-backward takes half the time of PyTorch's fused one, as long as the T x T scores fit in memory.
+`attention` inside a compiled graph is batched GEMMs with fused elementwise passes between them;
+forward and backward together take half the time of PyTorch's, for as many scores as may be kept.
 Elsewhere it is PyTorch's.
 
 `linear_cross_entropy_gradients` never normalises the softmax. It stores ``e = exp(logits - max)``,
@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Above this many scores PyTorch's own backward, which never stores them, is used.
-MAX_STORED_SCORES = 1 << 26
+# A layer keeps this many bfloat16 scores at most for its backward (32 MiB); beyond, PyTorch's own
+# attention, which stores none.
+MAX_STORED_SCORES = 1 << 24
 
 # exp() of less is a denormal number, which costs a CPU about five times a normal one.
 LOG_TINY = -80.0
@@ -370,8 +371,7 @@ def linear_cross_entropy_gradients(
         loss_N[rows], coef, pull = _row_terms(picked, top, total, grad, z_loss, softcap)
         dhidden_ND[rows] = (e @ weight_VD) * pull + coef * weight_VD[ids]
         coef_N1[rows] = coef
-        # The transposed operand is the narrow one, and stored transposed: half the time of e.t() @
-        # h.
+        # e.t() @ h would take half as long again: oneDNN is slow on a wide transposed operand.
         parts.append((h * pull).to(e.dtype).t().contiguous() @ e)
     dweight_VD = _fused_sum(parts)
     dweight_VD.index_add_(0, ids_N, coef_N1 * hidden_ND)
