@@ -32,19 +32,22 @@ NOT_SAVED = ("config", "resume", "stop_at", "dry_run", "debug")
 def parse(kind: type[C], argv: Sequence[str] | None = None) -> C:
     """The configuration of class ``kind`` from flags, file and preset. Raises UsageError.
 
-    ``kind`` has the fields ``preset``, ``config`` and ``resume``.
+    ``kind`` has the fields ``config`` and ``resume``, and ``preset`` or ``init`` (the run that a
+    later stage starts from).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     tree: dict[str, Any] = {}
     config_file, resume = _peek(argv, "--config"), _peek(argv, "--resume")
-    preset = _peek(argv, "--preset")
+    preset, init = _peek(argv, "--preset"), _peek(argv, "--init")
     if resume:
-        for flag, given in (("--config", config_file), ("--preset", preset)):
+        for flag, given in (("--config", config_file), ("--preset", preset), ("--init", init)):
             if given:
                 raise UsageError(f"{flag} {given}: a resumed run keeps its own; leave {flag} out")
         tree = read_toml(Path(resume) / "config.toml", "--resume")
     elif config_file:
         tree = read_toml(Path(config_file), "--config")
+    if "preset" not in {field.name for field in dataclasses.fields(kind)}:  # pyright: ignore
+        return from_flags(kind, argv, default=from_tree(kind, tree, config_file or resume or ""))
     preset = presets.resolve(preset or tree.get("preset", "auto"))
     if not resume:
         tree = _merge(presets.overrides(preset), tree)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import Suppress
 
 from fastgpt.errors import UsageError
 
@@ -113,6 +115,10 @@ class ModelConfig:
         per_layer += (3 if self.mlp == "swiglu" else 2) * C * self.ff_dim
         matmul = self.n_layer * per_layer + self.vocab_size * C
         return 6.0 * matmul + 12.0 * self.n_layer * self.n_head * D * seq_len
+
+
+FromRun = Annotated[ModelConfig, Suppress]
+"""The model of a stage that starts from a run: no flag, but part of its config.toml."""
 
 
 @dataclass(frozen=True)

@@ -202,12 +202,18 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(
-        self, tokens_BT: Tensor, *, doc_start: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions: Tensor | None = None,
+        doc_start: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Final hidden states.
 
         Args:
             tokens_BT: int64 ids.
+            positions: int64 (T) or (B, T), where each token stands in its text; None: 0 to T - 1.
             doc_start: int32 (B, T), the first position each token may attend to; None: 0.
             cache: appended to; the tokens then follow those in it.
 
@@ -215,8 +221,9 @@ class GPT(nn.Module):
             (B, T, C) in the compute dtype.
         """
         B, T = tokens_BT.shape
-        first = 0 if cache is None else cache.length
-        positions = torch.arange(first, first + T, device=tokens_BT.device)
+        if positions is None:
+            first = 0 if cache is None else cache.length
+            positions = torch.arange(first, first + T, device=tokens_BT.device)
         if cache is not None:
             doc_start = cache.start_B[:, None].expand(B, T).to(torch.int32)
             positions = (positions - cache.start_B[:, None]).clamp_min(0)

@@ -25,7 +25,7 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, config: OptimConfig):
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        hidden = {n for n, p in named.items() if p.dim() == 2 and n.startswith("blocks.")}
+        hidden = {n for n, p in named.items() if p.dim() == 2 and ".blocks." in f".{n}"}
         muon = hidden if config.optimizer == "muon" else set[str]()
         rest = {name: p for name, p in named.items() if name not in muon}
         self._names: dict[Tensor, str] = {p: name for name, p in named.items()}

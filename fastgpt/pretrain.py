@@ -10,13 +10,11 @@ import contextlib
 import dataclasses
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgpt import cli
 from fastgpt.config import PretrainConfig
 from fastgpt.plan import batch_shape, print_plan
-from fastgpt.rundir import RunDir, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
     from fastgpt.data import PackedDataset
     from fastgpt.distributed import World
     from fastgpt.model import GPT
+    from fastgpt.rundir import RunDir
     from fastgpt.tokenizer import Tokenizer
     from fastgpt.trainer import Batch
 
@@ -67,10 +66,10 @@ def pretrain(config: PretrainConfig, world: World) -> None:
     from fastgpt.evaluation import evaluate_loss
     from fastgpt.hardware import compute_dtype
     from fastgpt.model import GPT
-    from fastgpt.run import resume_from
+    from fastgpt.run import open_run, resume_from
     from fastgpt.trainer import train
 
-    run = _open_run(config, world)
+    run = open_run(config, world, f"pretrain-{config.preset}")
     with world.together():
         checkpoint = resume_from(run) if config.resume else None
     new_run = world.rank == 0 and not config.resume
@@ -115,24 +114,12 @@ def pretrain(config: PretrainConfig, world: World) -> None:
         finish(config, run, model, tokenizer, val_set, result.evaluation)
 
 
-def _open_run(config: PretrainConfig, world: World) -> RunDir:
-    path = config.train.out or Path("runs") / f"pretrain-{config.preset}"
-    with world.together():
-        if config.resume:
-            return RunDir.open(config.resume)
-        if world.rank == 0:
-            run = RunDir.create(path)
-            # At once, so that a run killed from here on can be resumed.
-            write_atomic(run.config_path, cli.to_toml(cli.to_tree(config)))
-    return RunDir(path)
-
-
 def _prepare(
     config: PretrainConfig, run: RunDir, world: World
 ) -> tuple[PretrainConfig, Tokenizer, PackedDataset, PackedDataset]:
     """Tokenizer, training and validation set, and the configuration with what they decided."""
     from fastgpt.data import PackedDataset, check_batches, open_shard
-    from fastgpt.run import prepare_data
+    from fastgpt.run import prepare_data, save_config
 
     settings = config.train
     tokenizer, data = prepare_data(config.data, config.model.vocab_size, settings.seed, run, world)
@@ -140,7 +127,7 @@ def _prepare(
     model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     config = dataclasses.replace(config, model=model)
     if world.rank == 0:
-        write_atomic(run.config_path, cli.to_toml(cli.to_tree(config)))
+        save_config(config, run)
     seq_len = settings.seq_len or config.model.context
     batch_size, micro = batch_shape(config, world)
     with world.together():

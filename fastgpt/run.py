@@ -26,9 +26,32 @@ from fastgpt.errors import DataError, UsageError
 from fastgpt.hardware import compute_dtype
 from fastgpt.model import GPT
 from fastgpt.progress import task
-from fastgpt.rundir import RunDir
+from fastgpt.rundir import RunDir, write_atomic
 from fastgpt.tokenizer import Tokenizer, train_sentencepiece
 from fastgpt.trainer import load_weights
+
+
+def open_run(config: Any, world: World, name: str) -> RunDir:
+    """The directory of a stage's run: a new one with its config.toml, or the one to go on with.
+
+    Args:
+        config: of the stage, with ``train.out`` and ``resume``.
+        world: rank 0 makes the directory.
+        name: of the directory below ``runs/`` without ``--out``.
+    """
+    with world.together():
+        if config.resume:
+            return RunDir.open(config.resume)
+        path = config.train.out or Path("runs") / name
+        if world.rank == 0:
+            # Its configuration at once, so that a run killed from here on can be resumed.
+            save_config(config, RunDir.create(path))
+    return RunDir(path)
+
+
+def save_config(config: Any, run: RunDir) -> None:
+    """Write config.toml."""
+    write_atomic(run.config_path, cli.to_toml(cli.to_tree(config)))
 
 
 def load_tokenizer(run: RunDir) -> Tokenizer:

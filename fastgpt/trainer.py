@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,12 @@ from fastgpt.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from fastgpt.config import OptimConfig, TrainConfig
+from fastgpt.config import ModelConfig, OptimConfig, TrainConfig
 from fastgpt.data import IGNORE_INDEX, MicroBatch
 from fastgpt.distributed import World
 from fastgpt.errors import DataError, DivergedError, Preempted, UsageError
 from fastgpt.hardware import peak_flops
-from fastgpt.model import GPT
+from fastgpt.model import Block
 from fastgpt.optim import Optimizers, clip_gradients
 from fastgpt.progress import Progress
 from fastgpt.rundir import MetricsLog, RunDir
@@ -43,9 +43,36 @@ from fastgpt.rundir import MetricsLog, RunDir
 Batch = MicroBatch | Mapping[str, Tensor]
 Batches = Callable[[int], Sequence[Batch]]
 """Optimizer step (from 0) -> this process's micro-batches; ``targets_BT`` is -100 where ignored."""
-LossFn = Callable[[GPT, Batch], Tensor]
-"""Sum of the losses of a micro-batch's targets, float32, 0-d."""
+LossFn = Callable[[Any, Batch], Tensor]
+"""(model, micro-batch) -> sum of the losses of its targets, float32, 0-d."""
 Evaluate = Callable[[], dict[str, float]]
+
+
+class Trainable(Protocol):
+    """What the loop asks of a model besides being an ``nn.Module``.
+
+    A model may also have ``checkpoint_parts() -> dict[str, nn.Module]``: its files in a checkpoint,
+    in place of the one file "model".
+    """
+
+    config: ModelConfig
+    compute_dtype: torch.dtype
+
+
+class StageState(Protocol):
+    """What a stage keeps between steps; part of a checkpoint, and given back before `Batches`."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON values."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors by name."""
+        ...
+
+    def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take back what `state` and `tensors` returned."""
+        ...
 
 
 @dataclass
@@ -71,7 +98,7 @@ class Result:
 class _LossModule(nn.Module):
     """Model and loss as one module: DistributedDataParallel sees every use of a parameter."""
 
-    def __init__(self, model: GPT, loss_fn: LossFn):
+    def __init__(self, model: nn.Module, loss_fn: LossFn):
         super().__init__()
         self.model, self.loss_fn = model, loss_fn
 
@@ -111,7 +138,7 @@ def listen_for_stop(*, announce: bool) -> Iterator[StopRequest]:
 
 
 def train(
-    model: GPT,
+    model: nn.Module,
     batches: Batches,
     loss_fn: LossFn,
     config: TrainConfig,
@@ -124,12 +151,13 @@ def train(
     evaluate: Evaluate | None = None,
     resume: Checkpoint | None = None,
     stop_at: int | None = None,
-    extra_state: Mapping[str, Any] | None = None,
+    metrics: Evaluate | None = None,
+    stage_state: StageState | None = None,
 ) -> Result:
     """Train ``model`` in place up to ``config.steps`` optimizer steps.
 
     Args:
-        model: on ``world.device``.
+        model: a `Trainable` on ``world.device``.
         batches: see `Batches`; a pure function of the step, so that resuming needs no loader state.
         loss_fn: see `LossFn`.
         config: the loop.
@@ -141,14 +169,15 @@ def train(
         evaluate: called at ``eval_every`` and at the end; its values are logged.
         resume: a checkpoint of the same run.
         stop_at: save and end after this step.
-        extra_state: written into the checkpoints.
+        metrics: values of the stage's own, asked for after a step that is logged.
+        stage_state: see `StageState`.
 
     Raises:
         Preempted: asked to end early; a checkpoint is saved.
         DivergedError: ``skip_budget`` steps in a row were not finite.
         UsageError: no room for checkpoints, or ``stop_at`` is behind the run.
     """
-    loop = _Loop(model, loss_fn, config, optim, world, seq_len)
+    loop = _Loop(model, loss_fn, config, optim, world, seq_len, stage_state)
     if resume is not None:
         loop.restore(resume)
     if stop_at is not None and stop_at <= loop.state.step:
@@ -157,7 +186,7 @@ def train(
     progress = Progress(config.steps, loop.state.step, stage=stage, enabled=rank0)
     with contextlib.ExitStack() as stack:
         logs = _Logs.open(run, loop.state.step, stack) if rank0 else None
-        saver = _Saver(loop, run, progress, config.keep_last, dict(extra_state or {}), logs)
+        saver = _Saver(loop, run, progress, config.keep_last, logs)
         with world.together():
             saver.check_space()
         if not config.compile:  # reaches the compiled CPU kernels too
@@ -172,7 +201,10 @@ def train(
                 values = evaluate()
             else:
                 values = {}
-            _report(progress, logs, loop, stats, values, config.log_every)
+            logged = bool(values) or step == 1 or step % config.log_every == 0
+            if logged and metrics is not None:
+                values = metrics() | values
+            _report(progress, logs if logged else None, loop, stats, values)
             ending = stats.stop or step == stop_at
             if ending or _due(step, config.save_every, last):
                 saver.save(must_succeed=ending or last)
@@ -212,21 +244,25 @@ class _Loop:
 
     def __init__(
         self,
-        model: GPT,
+        model: nn.Module,
         loss_fn: LossFn,
         config: TrainConfig,
         optim: OptimConfig,
         world: World,
         seq_len: int,
+        stage_state: StageState | None,
     ):
         self.model, self.config, self.optim, self.world = model, config, optim, world
+        self.stage_state = stage_state
         self.optimizers = Optimizers(model, optim)
         self.state = TrainState()
-        self.peak_flops = peak_flops(world.device, model.compute_dtype) * world.size
-        self.flops_per_token = model.config.flops_per_token(seq_len)
+        shape = cast(Trainable, model)
+        self.peak_flops = peak_flops(world.device, shape.compute_dtype) * world.size
+        self.flops_per_token = shape.config.flops_per_token(seq_len)
         if config.compile:
-            for block in model.blocks:
-                block.compile()
+            for module in model.modules():
+                if isinstance(module, Block):
+                    module.compile()
         module = _LossModule(model, loss_fn)
         gpu_ids = [world.device] if world.device.type == "cuda" else None
         self.ddp = DistributedDataParallel(module, gpu_ids) if world.size > 1 else None
@@ -234,13 +270,23 @@ class _Loop:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of a checkpoint."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizers.state_tensors()}
+        parts = {name: part.state_dict() for name, part in checkpoint_parts(self.model).items()}
+        stage = {} if self.stage_state is None else {"stage": self.stage_state.tensors()}
+        return parts | stage | {"optimizer": self.optimizers.state_tensors()}
+
+    def counters(self) -> dict[str, Any]:
+        """All of a checkpoint that is not a tensor."""
+        stage = {} if self.stage_state is None else {"stage": self.stage_state.state()}
+        return {"train": vars(self.state), "rng": rng_state(), **stage}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take model, optimizers, counters and random state from ``checkpoint``."""
-        load_weights(self.model, checkpoint)
+        for name, part in checkpoint_parts(self.model).items():
+            load_weights(part, checkpoint, name)
         self.optimizers.load_state_tensors(checkpoint.tensors["optimizer"])
         self.state = TrainState(**checkpoint.state["train"])
+        if self.stage_state is not None:
+            self.stage_state.load(checkpoint.state["stage"], checkpoint.tensors.get("stage", {}))
         set_rng_state(checkpoint.state["rng"])
 
     def step(self, batch: Sequence[Batch], stop: StopRequest) -> _Stats:
@@ -306,7 +352,6 @@ def _report(
     loop: _Loop,
     stats: _Stats,
     values: dict[str, float],
-    log_every: int,
 ) -> None:
     step = loop.state.step
     rate = stats.tokens / stats.seconds
@@ -320,7 +365,7 @@ def _report(
         mfu=mfu,
         lr=lr,
     )
-    if logs is None or not (values or step == 1 or step % log_every == 0):
+    if logs is None:
         return
     logs.metrics.log(
         step,
@@ -342,7 +387,6 @@ class _Saver:
     run: RunDir
     progress: Progress
     keep_last: int
-    extra_state: dict[str, Any]
     logs: _Logs | None
 
     def check_space(self) -> None:
@@ -364,13 +408,12 @@ class _Saver:
 
     def _save(self, logs: _Logs, must_succeed: bool) -> None:
         logs.metrics.sync()
-        state = {"train": vars(self.loop.state), "rng": rng_state(), **self.extra_state}
         try:
             save_checkpoint(
                 self.run.checkpoints,
                 self.loop.state.step,
                 self.loop.tensors(),
-                state,
+                self.loop.counters(),
                 keep_last=self.keep_last,
                 warn=self.progress.message,
             )
@@ -381,17 +424,24 @@ class _Saver:
             self.progress.message(f"warning: {error}; training goes on")
 
 
-def load_weights(model: GPT, checkpoint: Checkpoint) -> None:
-    """Copy the weights of ``checkpoint`` into ``model``. Raises DataError when they do not fit."""
-    weights = checkpoint.tensors["model"]
-    for name, parameter in model.state_dict().items():
+def checkpoint_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that are files of a checkpoint, see `Trainable`."""
+    parts = getattr(model, "checkpoint_parts", None)
+    return {"model": model} if parts is None else parts()
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, part: str = "model") -> None:
+    """Copy weights of ``checkpoint`` into ``model``. Raises DataError when they do not fit."""
+    weights = checkpoint.tensors[part]
+    expected = model.state_dict()
+    for name, parameter in expected.items():
         if name not in weights or weights[name].shape != parameter.shape:
             found = "missing" if name not in weights else f"of shape {tuple(weights[name].shape)}"
             raise DataError(
                 f"{checkpoint.path}: {name} is {found}, the configured model needs "
                 f"{tuple(parameter.shape)}; use the config.toml of that run"
             )
-    surplus = sorted(weights.keys() - model.state_dict().keys())
+    surplus = sorted(weights.keys() - expected.keys())
     if surplus:
         raise DataError(
             f"{checkpoint.path}: {surplus[0]} has no place in the configured model; use the "
