@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -13,6 +14,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fastgpt import trainer
 from fastgpt.checkpoint import SaveError, list_steps, load_checkpoint
@@ -21,6 +23,7 @@ from fastgpt.data import IGNORE_INDEX
 from fastgpt.distributed import World
 from fastgpt.errors import DataError, DivergedError, Preempted, UsageError
 from fastgpt.model import GPT
+from fastgpt.optim import Optimizers
 from fastgpt.rundir import RunDir, read_metrics
 
 pytestmark = pytest.mark.usefixtures("uncompiled", "measured")
@@ -342,3 +345,81 @@ def test_compiled_blocks_train_the_same(tmp_path):
         )
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+class Pair(nn.Module):
+    """Two models in one, each with a file of its own in the checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.config, self.compute_dtype = CONFIG, torch.float32
+        self.policy, self.value = GPT(CONFIG), GPT(CONFIG)
+
+    def checkpoint_parts(self):
+        return {"model": self.policy, "value": self.value}
+
+
+class Counter:
+    """Batches that depend on a state of their own, which only a checkpoint can bring back."""
+
+    def __init__(self):
+        self.calls, self.seen = 0, torch.zeros(3)
+
+    def __call__(self, step):
+        self.calls += 2
+        self.seen += self.calls
+        return [micro_batch(self.calls + int(self.seen[0]))]
+
+    def state(self):
+        return {"calls": self.calls}
+
+    def tensors(self):
+        return {"seen": self.seen}
+
+    def load(self, state, tensors):
+        self.calls, self.seen = state["calls"], tensors["seen"]
+
+
+def pair_loss(model, batch):
+    return loss_fn(model.policy, batch) + loss_fn(model.value, batch)
+
+
+def test_a_stage_with_state_and_parts_resumes_exactly(tmp_path):
+    def go(name, stop_at=None, resume=None):
+        run = RunDir(tmp_path / name) if resume else RunDir.create(tmp_path / name)
+        model, counter = Pair(), Counter()
+        checkpoint = load_checkpoint(run.checkpoints) if resume else None
+        with contextlib.suppress(Preempted):
+            train(
+                run, model, counter, pair_loss, stop_at=stop_at, resume=checkpoint,
+                stage_state=counter, metrics=lambda: {"calls": counter.calls},
+            )  # fmt: skip
+        return model, run
+
+    whole, whole_run = go("whole")
+    go("parts", stop_at=3)
+    parts, parts_run = go("parts", resume=True)
+    assert whole_run.metrics_path.read_bytes() == parts_run.metrics_path.read_bytes()
+    assert [record["calls"] for record in read_metrics(whole_run.metrics_path)] == [
+        2,
+        4,
+        6,
+        8,
+        10,
+        12,
+    ]
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.equal(a, b)
+    files = load_checkpoint(whole_run.checkpoints).tensors
+    assert files["model"].keys() == files["value"].keys() == GPT(CONFIG).state_dict().keys()
+    assert not torch.equal(files["model"]["wte.weight"], Pair().policy.wte.weight)
+
+
+def test_muon_takes_the_hidden_matrices_of_every_model_inside():
+    names = {n for n in Optimizers(Pair(), OPTIM)._names.values() if n.endswith("qkv.weight")}
+    optimizers = Optimizers(Pair(), OPTIM)
+    muon = {optimizers._names[p] for p in optimizers._optimizers[1].param_groups[0]["params"]}
+    assert names
+    assert names <= muon
+    assert not any("wte" in name for name in muon)
