@@ -7,6 +7,7 @@ position: replacing it silently would break ``decode(encode(text)) == text``.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -163,6 +164,20 @@ class Tokenizer:
         """
         raise NotImplementedError
 
+    def with_special_tokens(self, names: Iterable[str]) -> Tokenizer:
+        """This tokenizer with those of ``names`` that it lacks as special tokens behind all ids.
+
+        Ids of ordinary text stay as they are. Raises ValueError for a name that an ordinary token
+        has, or an empty one.
+        """
+        missing = [name for name in dict.fromkeys(names) if name not in self.special_tokens]
+        if "" in missing:
+            raise ValueError("a special token needs a name")
+        return self._with_specials(missing) if missing else self
+
+    def _with_specials(self, names: list[str]) -> Tokenizer:
+        raise NotImplementedError
+
     def encode(self, text: str, *, allowed_special: AllowedSpecial = frozenset()) -> list[int]:
         """Ids of the text; the strings of ``allowed_special`` in it become special tokens."""
         raise NotImplementedError
@@ -273,6 +288,11 @@ class _BPETokenizer(Tokenizer):
             )
         except UnicodeEncodeError as error:
             raise _surrogate_error(error) from None
+
+    def _with_specials(self, names: list[str]) -> Tokenizer:
+        added = {name: self.vocab_size + i for i, name in enumerate(names)}
+        specials = self.vocabulary.specials | added
+        return _BPETokenizer(dataclasses.replace(self.vocabulary, specials=specials))
 
     def encode_bytes(self, data: bytes) -> list[int]:
         return self._encoder.encode(data, ())
@@ -390,6 +410,12 @@ class _SentencePieceTokenizer(Tokenizer):
                 begin = found.end()
         yield text[begin:], None
 
+    def _with_specials(self, names: list[str]) -> Tokenizer:
+        for name in names:
+            if self._processor.IdToPiece(self._processor.PieceToId(name)) == name:
+                raise ValueError(f"special token {name!r} has the name of an ordinary token")
+        return _SentencePieceTokenizer(self._model + b"".join(map(_control_piece, names)))
+
     def encode_bytes(self, data: bytes) -> list[int]:
         # sentencepiece encodes characters: UnicodeDecodeError, a ValueError, for anything else.
         return self.encode(data.decode("utf-8"))
@@ -450,6 +476,19 @@ def train_sentencepiece(
         raise ValueError(f"sentencepiece cannot train: {_one_line(error)}") from None
     _write(Path(path), model.getvalue())
     return _SentencePieceTokenizer(model.getvalue(), str(path))
+
+
+def _control_piece(name: str) -> bytes:
+    """One more control piece for the end of a serialised sentencepiece model.
+
+    Protocol buffers: field 1 of the model, a message with the name as field 1 and type 3 (CONTROL)
+    as field 3. Two messages behind each other are one, their repeated fields joined.
+    """
+    data = name.encode()
+    if len(data) > 120:
+        raise ValueError(f"special token {name!r} is longer than 120 bytes")
+    piece = bytes([0x0A, len(data)]) + data + bytes([0x18, 3])
+    return bytes([0x0A, len(piece)]) + piece
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
