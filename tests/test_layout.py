@@ -24,6 +24,7 @@ ARROWS = """
     model       model optim                             <- errors config
     checkpoint  tensorfile manifest checkpoint          <- errors
     trainer     trainer evaluation                      <- errors config data output machine model checkpoint
+    ratings     ratings                                 <- errors
     run         run plan generate                       <- errors config data output machine model checkpoint trainer tokenizer
     stage       pretrain                                <- errors config data output machine model checkpoint trainer tokenizer run
 """  # noqa: E501
