@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 ARROWS = """
     errors      errors                                  <-
     config      config presets cli                      <- errors
-    tokenizer   _bpe tokenizer_json tokenizer           <- errors
-    data        order documents shards corpus data      <- errors
+    tokenizer   _bpe tokenizer_json tokenizer chat      <- errors
+    data        order documents shards corpus data examples <- errors
     output      progress rundir chart report            <- errors config
     machine     memory hardware distributed             <- errors
     model       model optim                             <- errors config
