@@ -24,8 +24,8 @@ ARROWS = """
     model       model optim                             <- errors config
     checkpoint  tensorfile manifest checkpoint          <- errors
     trainer     trainer evaluation                      <- errors config data output machine model checkpoint
-    ratings     ratings                                 <- errors
     run         run plan generate                       <- errors config data output machine model checkpoint trainer tokenizer
+    assess      ratings tasks judges                    <- errors config data output machine model checkpoint trainer tokenizer run
     stage       pretrain                                <- errors config data output machine model checkpoint trainer tokenizer run
 """  # noqa: E501
 PART: dict[str, str] = {}
