@@ -19,7 +19,7 @@ ARROWS = """
     config      config presets cli                      <- errors
     tokenizer   _bpe tokenizer_json tokenizer chat      <- errors
     data        order documents shards corpus data examples <- errors
-    output      progress rundir chart report            <- errors config
+    output      progress rundir chart page report       <- errors config
     machine     memory hardware distributed             <- errors
     model       model optim                             <- errors config
     checkpoint  tensorfile manifest checkpoint          <- errors
