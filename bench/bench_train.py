@@ -55,7 +55,7 @@ def fastgpt_parts(vocab_size: int, steps: int) -> tuple:
     from fastgpt.hardware import compute_dtype
     from fastgpt.memory import keep_freed_memory
     from fastgpt.model import GPT
-    from fastgpt.pretrain import loss_fn
+    from fastgpt.loss import next_token_loss as loss_fn
 
     keep_freed_memory()
     torch.manual_seed(0)

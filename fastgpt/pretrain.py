@@ -17,14 +17,11 @@ from fastgpt.config import PretrainConfig
 from fastgpt.plan import batch_shape, print_plan
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fastgpt.data import PackedDataset
     from fastgpt.distributed import World
     from fastgpt.model import GPT
     from fastgpt.rundir import RunDir
     from fastgpt.tokenizer import Tokenizer
-    from fastgpt.trainer import Batch
 
 SAMPLES, PROMPT_TOKENS = 3, 12
 
@@ -44,20 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         pretrain(config, processes)
 
 
-def loss_fn(model: GPT, batch: Batch) -> Tensor:
-    """Summed cross-entropy of the next token."""
-    from fastgpt_kernels import linear_cross_entropy
-
-    hidden_BTC = model(batch["inputs_BT"], doc_start=batch.get("doc_start_BT"))
-    return linear_cross_entropy(
-        hidden_BTC.flatten(0, 1),
-        model.head_weight,
-        batch["targets_BT"].flatten(),
-        reduction="sum",
-        softcap=model.config.logit_softcap,
-    )
-
-
 def pretrain(config: PretrainConfig, world: World) -> None:
     """Prepare data and model, train, evaluate, sample, report."""
     import torch
@@ -65,6 +48,7 @@ def pretrain(config: PretrainConfig, world: World) -> None:
     from fastgpt.data import step_batches, validation_batches
     from fastgpt.evaluation import evaluate_loss
     from fastgpt.hardware import compute_dtype
+    from fastgpt.loss import next_token_loss
     from fastgpt.model import GPT
     from fastgpt.run import open_run, resume_from
     from fastgpt.trainer import train
@@ -94,12 +78,12 @@ def pretrain(config: PretrainConfig, world: World) -> None:
 
     def evaluate() -> dict[str, float]:
         val = validation_batches(val_set, micro, max_batches, **ranks, **masking)
-        return evaluate_loss(model, val, loss_fn, bytes_per_id, world)
+        return evaluate_loss(model, val, next_token_loss, bytes_per_id, world)
 
     result = train(
         model,
         batches,
-        loss_fn,
+        next_token_loss,
         settings,
         config.optim,
         world=world,

@@ -23,10 +23,10 @@ ARROWS = """
     machine     memory hardware distributed             <- errors
     model       model optim                             <- errors config
     checkpoint  tensorfile manifest checkpoint          <- errors
-    trainer     trainer evaluation                      <- errors config data output machine model checkpoint
+    trainer     trainer evaluation loss                 <- errors config data output machine model checkpoint
     run         run plan generate                       <- errors config data output machine model checkpoint trainer tokenizer
     assess      ratings tasks judges                    <- errors config data output machine model checkpoint trainer tokenizer run
-    stage       pretrain                                <- errors config data output machine model checkpoint trainer tokenizer run
+    stage       pretrain evaluate                       <- errors config data output machine model checkpoint trainer tokenizer run assess
 """  # noqa: E501
 PART: dict[str, str] = {}
 MAY_IMPORT: dict[str, set[str]] = {}
