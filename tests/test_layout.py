@@ -18,10 +18,10 @@ ARROWS = """
     errors      errors                                  <-
     config      config presets cli                      <- errors
     tokenizer   _bpe tokenizer_json tokenizer chat      <- errors
-    data        order documents shards corpus data examples <- errors
+    data        order documents shards corpus data examples packing <- errors
     output      progress rundir chart page report       <- errors config
     machine     memory hardware distributed             <- errors
-    model       model optim                             <- errors config
+    model       model optim lora                        <- errors config
     checkpoint  tensorfile manifest checkpoint          <- errors
     trainer     trainer evaluation loss                 <- errors config data output machine model checkpoint
     run         run plan generate                       <- errors config data output machine model checkpoint trainer tokenizer

@@ -1,0 +1,381 @@
+"""Stage 2: teach a base model to answer.
+
+``python -m fastgpt.sft --init runs/base --data chats.jsonl --out runs/sft``; without ``--data`` it
+trains on the chats that come with the package. The loss is on what the assistant says, its end of
+turn included; chats are packed into rows and never see each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from fastgpt import cli
+from fastgpt.config import FromRun, ModelConfig, OptimConfig, PretrainConfig, TrainConfig
+from fastgpt.errors import DataError, UsageError
+from fastgpt.plan import batch_shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastgpt.checkpoint import Checkpoint
+    from fastgpt.distributed import World
+    from fastgpt.examples import Chat
+    from fastgpt.model import GPT
+    from fastgpt.packing import Example, PackedExamples
+    from fastgpt.rundir import RunDir
+    from fastgpt.tokenizer import Tokenizer
+    from fastgpt.trainer import Batch
+
+SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Finetune a model on chats."""
+
+    init: Path | None = None
+    """The run to start from."""
+    data: tuple[Path, ...] = ()
+    """Chats (.jsonl, .gz, .xz) with "messages", or "prompt" and "response"; default: the embedded
+    ones."""
+    epochs: float = 3.0
+    """How often each chat is used, unless --steps says how long to train."""
+    val_fraction: float = 0.05
+    """Part of the chats held out for validation."""
+    on_long: Literal["error", "skip"] = "error"
+    """A chat in which the assistant first speaks beyond --seq-len ends the run, or is left out."""
+    lora_rank: int = 0
+    """Train adapters of this rank instead of all weights; 0: all weights."""
+    lora_alpha: float | None = None
+    """Adapters count alpha / rank times; default: twice the rank."""
+    config: Path | None = None
+    """A TOML file with any of these options, as in a run's config.toml."""
+    resume: Path | None = None
+    """Go on with this run; everything else comes from it."""
+    stop_at: int | None = None
+    """Save and end at this step as if preempted; the schedule stays that of the whole run."""
+    debug: bool = False
+    """Show the traceback of an error."""
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=0, batch_tokens=4096, save_every=200)
+    )
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    model: FromRun = field(default_factory=ModelConfig)
+
+    def check(self) -> None:
+        """Raise UsageError for values no run can have."""
+        dataclasses.replace(self.train, steps=self.train.steps or 1).check()
+        self.optim.check()
+        if self.init is None and self.resume is None:
+            raise UsageError("--init: the run to start from is missing; give its directory")
+        if not 0 < self.epochs < float("inf"):
+            raise UsageError(f"--epochs {self.epochs:g}: it must be above 0")
+        if not 0 <= self.val_fraction < 1:
+            raise UsageError(f"--val-fraction {self.val_fraction:g}: at least 0 and below 1")
+        if self.lora_rank < 0:
+            raise UsageError(f"--lora-rank {self.lora_rank}: it must be at least 0")
+        if self.stop_at is not None and self.stop_at < 1:
+            raise UsageError(f"--stop-at {self.stop_at}: it must be at least 1")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    config = cli.parse(SFTConfig, argv)
+    config.check()
+    from fastgpt.distributed import world
+    from fastgpt.memory import keep_freed_memory
+
+    keep_freed_memory()
+    with world(config.train.device) as processes:
+        sft(config, processes)
+
+
+def loss_fn(model: GPT, batch: Batch) -> Tensor:
+    """Summed cross-entropy of the targets; only places that have one meet the output head."""
+    from fastgpt_kernels import linear_cross_entropy
+
+    tensors = cast("dict[str, Tensor]", batch)
+    hidden_BTC = model(
+        tensors["inputs_BT"],
+        positions=tensors["positions_BT"],
+        doc_start=tensors["doc_start_BT"],
+    )
+    return linear_cross_entropy(
+        hidden_BTC.flatten(0, 1).index_select(0, tensors["places_N"]),
+        model.head_weight,
+        tensors["targets_BT"],
+        reduction="sum",
+        softcap=model.config.logit_softcap,
+    )
+
+
+def sft(config: SFTConfig, world: World) -> None:
+    """Prepare model and data, train, evaluate, sample, report."""
+    import torch
+
+    from fastgpt.packing import all_batches, step_batches
+    from fastgpt.run import open_run, resume_from
+    from fastgpt.trainer import train
+
+    run = open_run(config, world, "sft")
+    with world.together():
+        checkpoint = resume_from(run) if config.resume else None
+    new_run = world.rank == 0 and not config.resume
+    with run.emptied_on_error() if new_run else contextlib.nullcontext():
+        random.seed(config.train.seed)  # its state is part of a checkpoint
+        torch.manual_seed(config.train.seed)
+        with world.together():
+            config, model, tokenizer = _start(config, run, world, checkpoint)
+        with world.together():
+            config, data = _prepare(config, tokenizer, run, world)
+    settings = config.train
+    batch_size, micro = batch_shape(cast(PretrainConfig, config), world)
+    bytes_per_id = tokenizer.bytes_per_id()
+    ranks = {"rank": world.rank, "world_size": world.size}
+
+    def batches(step: int):
+        return step_batches(
+            data.train, step, batch_size=batch_size, micro_batch_size=micro, **ranks
+        )
+
+    def evaluate() -> dict[str, float]:
+        from fastgpt.evaluation import evaluate_loss
+
+        val = cast(Any, all_batches(data.val, micro, **ranks)) if data.val else ()
+        return evaluate_loss(model, val, loss_fn, bytes_per_id, world)
+
+    result = train(
+        model,
+        batches,
+        loss_fn,
+        settings,
+        config.optim,
+        world=world,
+        run=run,
+        seq_len=data.train.seq_len,
+        stage="sft",
+        evaluate=evaluate if data.val else None,
+        resume=checkpoint,
+        stop_at=config.stop_at,
+        stage_state=data,
+    )
+    if world.rank == 0:
+        finish(config, run, model, tokenizer, data.held_out, result.evaluation)
+
+
+def _start(
+    config: SFTConfig, run: RunDir, world: World, checkpoint: Checkpoint | None
+) -> tuple[SFTConfig, GPT, Tokenizer]:
+    """The model to train, with rows for the chat's tokens, and the tokenizer that has them."""
+    from fastgpt.chat import with_chat_tokens
+    from fastgpt.hardware import compute_dtype
+    from fastgpt.lora import LoRAGPT
+    from fastgpt.model import GPT
+    from fastgpt.run import load_model, load_tokenizer
+
+    dtype = compute_dtype(config.train.dtype, world.device)
+    alpha = config.lora_alpha or 2.0 * config.lora_rank
+    if checkpoint is not None:
+        # The loop takes the weights from the checkpoint.
+        if not config.lora_rank:
+            return config, GPT(config.model, dtype).to(world.device), load_tokenizer(run)
+        rows = checkpoint.tensors["lora"].get("wte.added", ())
+        model = LoRAGPT(config.model, dtype, config.lora_rank, alpha, len(rows))
+        return config, model.to(world.device), load_tokenizer(run)
+    if config.init is None:
+        raise UsageError(f"{run.path}: it has no checkpoint, and no run to start from")
+    base, old = load_model(config.init, device=str(world.device), dtype=config.train.dtype)
+    tokenizer = with_chat_tokens(old)
+    shape = dataclasses.replace(base.config, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(config, model=shape)
+    added = shape.vocab_size - base.config.vocab_size
+    weights = grown_weights(base, added, config.train.seed)
+    if config.lora_rank:
+        model = LoRAGPT(shape, dtype, config.lora_rank, alpha, added).to(world.device)
+        model.load_base(weights)
+    else:
+        model = GPT(shape, dtype).to(world.device)
+        model.load_state_dict(weights)
+    if world.rank == 0:
+        tokenizer.save(run.tokenizer_path)
+    return config, model, tokenizer
+
+
+def grown_weights(model: GPT, added: int, seed: int) -> dict[str, Tensor]:
+    """Weights of ``model`` with ``added`` rows more in embedding and head.
+
+    A new row is the mean of the old ones and noise of a tenth of their standard deviation: to the
+    model a token like any other, but not the same as its neighbour.
+    """
+    import torch
+
+    weights = dict(model.state_dict())
+    generator = torch.Generator().manual_seed(seed)
+    for name in ("wte.weight", "head.weight"):
+        if name in weights:
+            rows = weights[name]
+            noise = torch.randn(added, rows.shape[1], generator=generator).to(rows)
+            new = rows.mean(0) + 0.1 * rows.std() * noise
+            weights[name] = torch.cat((rows, new))
+    return weights
+
+
+@dataclass
+class _Data:
+    """What is trained on, and that a resumed run still has the same."""
+
+    train: PackedExamples
+    val: PackedExamples | None
+    held_out: list[Chat]
+
+    def state(self) -> dict[str, Any]:
+        return {"data": self.train.fingerprint}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        if state != self.state():
+            raise DataError("--data is not what this run began with; a resumed run needs the same")
+
+
+def _prepare(
+    config: SFTConfig, tokenizer: Tokenizer, run: RunDir, world: World
+) -> tuple[SFTConfig, _Data]:
+    """Training and validation set, and the configuration with what they decide."""
+    from fastgpt.data import check_batches
+    from fastgpt.examples import embedded, read_chats
+    from fastgpt.packing import PackedExamples
+    from fastgpt.run import save_config
+
+    seq_len = config.train.seq_len or config.model.context
+    if seq_len > config.model.context:
+        raise UsageError(
+            f"--seq-len {seq_len} is beyond the context of {config.model.context} of the model"
+        )
+    chats = read_chats(config.data or (embedded("sft"),))
+    held_out, learned = split(chats, config.val_fraction, config.train.seed)
+    said = print if world.rank == 0 else _nothing
+    train_set = PackedExamples(
+        encode(learned, tokenizer, seq_len, config.on_long, said), seq_len, seed=config.train.seed
+    )
+    val = encode(held_out, tokenizer, seq_len, "skip", _nothing)
+    val_set = PackedExamples(val, seq_len, seed=config.train.seed) if val else None
+    batch_size, micro = batch_shape(cast(PretrainConfig, config), world)
+    sizes = {"batch_size": batch_size, "micro_batch_size": micro, "world_size": world.size}
+    check_batches(cast(Any, train_set), **sizes)
+    if not config.train.steps:
+        steps = max(1, round(config.epochs * len(train_set) / batch_size))
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+    if world.rank == 0:
+        save_config(config, run)
+        said(
+            f"{len(learned)} chats in {len(train_set)} rows of {seq_len}, {train_set.targets} of "
+            f"{train_set.lengths.sum()} tokens to learn; {len(held_out)} chats held out"
+        )
+    return config, _Data(train_set, val_set, held_out)
+
+
+def _nothing(message: str) -> None:
+    """For processes that print nothing."""
+
+
+def split(chats: Sequence[Chat], fraction: float, seed: int) -> tuple[list[Chat], list[Chat]]:
+    """Held-out chats and the others, chosen by the seed. Raises DataError when none would be left.
+
+    At least one is held out unless ``fraction`` is 0.
+    """
+    import numpy as np
+
+    from fastgpt.order import permute
+
+    order = permute(np.arange(len(chats)), len(chats), seed).tolist()
+    held = max(1, round(fraction * len(chats))) if fraction else 0
+    if held >= len(chats):
+        where = chats[0].source if chats else "no data"
+        raise DataError(f"{where}: {len(chats)} chats, {held} held out; give more chats")
+    picked = [chats[i] for i in order]
+    return picked[:held], picked[held:]
+
+
+def encode(
+    chats: Iterable[Chat],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    on_long: Literal["error", "skip"],
+    say: Any,
+) -> list[Example]:
+    """Ids and masks of the chats, cut behind ``seq_len`` + 1 ids; ``say`` gets how many were.
+
+    The beginning is kept, for an answer without its question teaches nothing. Raises DataError for
+    a chat with nothing to learn in what is kept, unless ``on_long`` is "skip".
+    """
+    import numpy as np
+
+    from fastgpt.chat import render
+
+    examples: list[Example] = []
+    cut = skipped = 0
+    for chat in chats:
+        ids, mask = render(tokenizer, chat.messages)
+        if not any(mask[: seq_len + 1]):
+            if on_long == "error":
+                raise DataError(
+                    f"{chat.source}:{chat.line}: the assistant first speaks at token "
+                    f"{mask.index(True) + 1}, a row has {seq_len + 1}: nothing of it would be "
+                    "learned; shorten what is before, raise --seq-len, or --on-long skip"
+                )
+            skipped += 1
+            continue
+        cut += len(ids) > seq_len + 1
+        examples.append((np.array(ids[: seq_len + 1]), np.array(mask[: seq_len + 1])))
+    if cut:
+        say(f"{cut} chats are longer than {seq_len} tokens: their ends are cut off")
+    if skipped:
+        say(f"{skipped} chats are left out: the assistant speaks beyond --seq-len {seq_len}")
+    return examples
+
+
+def finish(
+    config: SFTConfig,
+    run: RunDir,
+    model: GPT,
+    tokenizer: Tokenizer,
+    held_out: Sequence[Chat],
+    evaluation: dict[str, float],
+) -> None:
+    """Print answers to held-out prompts and results, write the report."""
+    from fastgpt.chat import end_id, render_prompt
+    from fastgpt.generate import SamplingConfig, generate
+    from fastgpt.report import environment, write_report
+
+    samples = []
+    room = model.config.context // 2
+    for chat in held_out:
+        first = next(i for i, m in enumerate(chat.messages) if m["role"] == "assistant")
+        prompt = render_prompt(tokenizer, chat.messages[:first])
+        if first and len(prompt) <= room and len(samples) < SAMPLES:
+            samples.append((chat.messages[first - 1]["content"], prompt))
+    texts: list[dict[str, str]] = []
+    if samples:
+        sampling = SamplingConfig(max_new_tokens=config.train.sample_tokens, temperature=0.0)
+        stop_ids = (end_id(tokenizer), tokenizer.eot_id)
+        new = generate(model, [prompt for _, prompt in samples], sampling, stop_ids=stop_ids)
+        for (question, _), ids in zip(samples, new, strict=True):
+            texts.append({"prompt": question, "text": tokenizer.decode(ids)})
+            print(f"\n> {question}|{texts[-1]['text']}")
+    report = write_report(run, texts, cli.to_tree(config), environment())
+    if evaluation:
+        loss, bits = evaluation["val_loss"], evaluation["val_bpb"]
+        print(f"\nval loss {loss:.4f} nats/token, {bits:.4f} bits/byte")
+    print(f"run {run.path}, report {report}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.command(main)())
