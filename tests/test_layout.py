@@ -24,9 +24,9 @@ ARROWS = """
     model       model optim lora                        <- errors config
     checkpoint  tensorfile manifest checkpoint          <- errors
     trainer     trainer evaluation loss                 <- errors config data output machine model checkpoint
-    run         run plan generate                       <- errors config data output machine model checkpoint trainer tokenizer
+    run         run plan generate export                <- errors config data output machine model checkpoint trainer tokenizer
     assess      ratings tasks judges                    <- errors config data output machine model checkpoint trainer tokenizer run
-    stage       pretrain evaluate                       <- errors config data output machine model checkpoint trainer tokenizer run assess
+    stage       pretrain sft evaluate                   <- errors config data output machine model checkpoint trainer tokenizer run assess
 """  # noqa: E501
 PART: dict[str, str] = {}
 MAY_IMPORT: dict[str, set[str]] = {}
