@@ -6,11 +6,13 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 
 #include "encoder.h"
 #include "parallel.h"
+#include "span_encoder.h"
 #include "trainer.h"
 #include "unicode_ranges.h"
 #include "word_counter.h"
@@ -47,6 +49,8 @@ std::string_view text_view(py::handle text) {
   if (PyBytes_Check(text.ptr())) return bytes_view(py::reinterpret_borrow<py::bytes>(text));
   return utf8_view(text);
 }
+
+using Places = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
 
 // A numpy array over the memory of the buffer; narrow ones are packed to uint16 in place.
 py::array to_numpy(TokenBuffer& buffer, bool narrow) {
@@ -115,6 +119,24 @@ class PyEncoder {
       out[i] = to_numpy(results[i], narrow_);
     }
     return out;
+  }
+
+  // The pieces of text end at `ends`; dropout 0 is none.
+  py::array encode_spans(py::handle text, const Places& ends, double dropout, std::uint64_t seed) {
+    const std::string_view view = text_view(text);
+    if (!(dropout >= 0 && dropout <= 1)) {
+      throw std::invalid_argument("the dropout probability is outside [0, 1]");
+    }
+    if (!spans_) spans_ = std::make_unique<SpanEncoder>(encoder_.vocabulary());
+    const std::int64_t* const data = ends.data();
+    const auto size = static_cast<std::size_t>(ends.size());
+    TokenBuffer ids;
+    {
+      const py::gil_scoped_release release;
+      Dropout draws(dropout, seed);
+      spans_->encode(view, data, size, draws, ids);
+    }
+    return to_numpy(ids, narrow_);
   }
 
   py::bytes decode(py::handle ids) const {
@@ -213,6 +235,7 @@ class PyEncoder {
   }
 
   Encoder encoder_;
+  std::unique_ptr<SpanEncoder> spans_;
   bool narrow_;
   std::vector<py::object> integers_;
 };
@@ -230,11 +253,22 @@ class PyTrainer {
     counter_.add(views);
   }
 
+  void feed_spans(py::handle text, const Places& ends) {
+    const std::string_view view = text_view(text);
+    const std::int64_t* const data = ends.data();
+    const auto size = static_cast<std::size_t>(ends.size());
+    const py::gil_scoped_release release;
+    counter_.add_pieces(view, data, size);
+  }
+
   std::vector<IdPair> train(std::size_t merges, std::uint64_t min_count,
-                            const std::optional<py::function>& progress) {
+                            const std::optional<py::function>& progress, std::size_t max_length,
+                            std::vector<IdPair> first) {
     TrainOptions options;
     options.merges = merges;
     options.min_count = min_count;
+    options.max_length = max_length;
+    options.first = std::move(first);
     options.progress = [&](std::size_t done, std::size_t wanted) {
       const py::gil_scoped_acquire acquire;
       if (PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -247,6 +281,24 @@ class PyTrainer {
  private:
   WordCounter counter_;
 };
+
+// The places behind each piece of text.
+py::array_t<std::int64_t> piece_ends(const std::string& pattern, py::handle text) {
+  const std::string_view view = text_view(text);
+  const Pattern kind = parse_pattern(pattern);
+  std::vector<std::int64_t> ends;
+  {
+    const py::gil_scoped_release release;
+    with_pattern(kind, [&](auto p) {
+      const auto* const begin = reinterpret_cast<const std::uint8_t*>(view.data());
+      const auto* const end = begin + view.size();
+      for (const std::uint8_t* at = begin; at < end; ends.push_back(at - begin)) {
+        at = next_piece<decltype(p)::value>(at, end);
+      }
+    });
+  }
+  return py::array_t<std::int64_t>(static_cast<py::ssize_t>(ends.size()), ends.data());
+}
 
 template <Pattern kPattern>
 void append_pieces(std::string_view text, py::list& out) {
@@ -274,9 +326,12 @@ std::vector<std::uint32_t> byte_ids() { return {gpt2_byte_ids(), gpt2_byte_ids()
 PYBIND11_MODULE(_bpe, m) {
   using fastgpt::PyEncoder;
   using fastgpt::PyTrainer;
+  // Not declared free of the GIL: encoders share their integers and their pools of work space under
+  // it. A free-threaded Python turns the GIL on when it loads this module.
   m.doc() = "Byte-level BPE in C++; fastgpt.tokenizer is the interface to use.";
   m.attr("UNICODE_VERSION") = fastgpt::kUnicodeVersion;
   m.def("split", &fastgpt::split, py::arg("pattern"), py::arg("text"));
+  m.def("piece_ends", &fastgpt::piece_ends, py::arg("pattern"), py::arg("text"));
   m.def("byte_ids", &fastgpt::byte_ids);
   py::class_<PyEncoder>(m, "Encoder")
       .def(py::init<const std::string&, std::vector<std::optional<py::bytes>>,
@@ -287,11 +342,14 @@ PYBIND11_MODULE(_bpe, m) {
       .def("encode", &PyEncoder::encode, py::arg("text"), py::arg("allowed"))
       .def("encode_to_numpy", &PyEncoder::encode_to_numpy, py::arg("text"), py::arg("allowed"))
       .def("encode_batch", &PyEncoder::encode_batch, py::arg("texts"), py::arg("threads"))
+      .def("encode_spans", &PyEncoder::encode_spans, py::arg("text"), py::arg("ends"),
+           py::arg("dropout"), py::arg("seed"))
       .def("decode", &PyEncoder::decode, py::arg("ids"))
       .def_property_readonly("vocab_size", &PyEncoder::vocab_size);
   py::class_<PyTrainer>(m, "Trainer")
       .def(py::init<const std::string&, int>(), py::arg("pattern"), py::arg("threads"))
       .def("feed", &PyTrainer::feed, py::arg("texts"))
-      .def("train", &PyTrainer::train, py::arg("merges"), py::arg("min_count"),
-           py::arg("progress"));
+      .def("feed_spans", &PyTrainer::feed_spans, py::arg("text"), py::arg("ends"))
+      .def("train", &PyTrainer::train, py::arg("merges"), py::arg("min_count"), py::arg("progress"),
+           py::arg("max_length") = 0, py::arg("first") = std::vector<fastgpt::IdPair>());
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <queue>
 #include <stdexcept>
+#include <utility>
 
 #include "pair_table.h"
 
@@ -122,6 +123,7 @@ class Trainer {
   Trainer(const WordMap& words, const TrainOptions& options)
       : options_(options),
         min_count_(std::max<std::uint64_t>(options.min_count, 1)),
+        max_length_(options.max_length ? options.max_length : kInside),
         text_(words),
         left_(256),
         right_(256) {}
@@ -156,8 +158,14 @@ class Trainer {
     }
   };
 
+  void merge_first(std::vector<IdPair>* merges);
   void index_pairs();
+  void index_pairs_from(std::uint64_t horizon);
+  bool fits(std::uint32_t left, std::uint32_t right) const {
+    return std::size_t{text_.length(left)} + text_.length(right) <= max_length_;
+  }
   bool next_pair(std::uint64_t* key);
+  std::uint32_t add_id(std::uint32_t left, std::uint32_t right);
   void merge(std::uint32_t left, std::uint32_t right);
   void replace(PairInfo& pair, std::uint32_t left, std::uint32_t right, std::uint32_t id);
   template <class OldKey, class NewKey>
@@ -165,6 +173,7 @@ class Trainer {
 
   const TrainOptions& options_;
   const std::uint64_t min_count_;
+  std::size_t max_length_;
   Text text_;
   PairTable pairs_;
   std::priority_queue<Candidate> queue_;
@@ -177,12 +186,18 @@ class Trainer {
 };
 
 void Trainer::index_pairs() {
-  constexpr std::uint64_t kFirstShare = 1024;
   constexpr std::uint64_t kNextShare = 16;
+  index_pairs_from(std::max(horizon_ / kNextShare, min_count_));
+}
+
+// A horizon of 0 is chosen here.
+void Trainer::index_pairs_from(std::uint64_t horizon) {
+  constexpr std::uint64_t kFirstShare = 1024;
   pairs_.clear();
   PairTable all;
   std::uint64_t top = 0;
   text_.for_each_pair([&](std::uint32_t left, std::uint32_t right, std::uint32_t place) {
+    if (!fits(left, right)) return;
     const std::uint64_t key = pair_key(left, right);
     PairInfo* info = all.find(key);
     if (!info) info = &all.insert(key, 0);
@@ -190,8 +205,7 @@ void Trainer::index_pairs() {
     ++info->places_size;
     top = std::max(top, info->count);
   });
-  horizon_ = horizon_ == 0 ? top / kFirstShare : horizon_ / kNextShare;
-  horizon_ = std::max(horizon_, min_count_);
+  horizon_ = horizon ? horizon : std::max(top / kFirstShare, min_count_);
   std::vector<Candidate> candidates;
   for (PairInfo& info : all.infos()) {
     if (info.count < horizon_) continue;
@@ -225,10 +239,14 @@ bool Trainer::next_pair(std::uint64_t* key) {
   }
 }
 
-void Trainer::merge(std::uint32_t left, std::uint32_t right) {
-  const std::uint32_t id = text_.add_id(text_.length(left) + text_.length(right));
+std::uint32_t Trainer::add_id(std::uint32_t left, std::uint32_t right) {
   left_.of.emplace_back();
   right_.of.emplace_back();
+  return text_.add_id(text_.length(left) + text_.length(right));
+}
+
+void Trainer::merge(std::uint32_t left, std::uint32_t right) {
+  const std::uint32_t id = add_id(left, right);
   const std::uint64_t merged = pair_key(left, right);
   PairInfo& pair = *pairs_.find(merged);
   replace(pair, left, right, id);
@@ -276,8 +294,10 @@ void Trainer::settle(Side& side, std::uint64_t merged, OldKey&& old_key, NewKey&
         if (old->count == 0) old->places.reset();
       }
     }
-    if (neighbour.gained >= horizon_) {
-      PairInfo& made = pairs_.insert(new_key(id), neighbour.gained);
+    const std::uint64_t key = new_key(id);
+    if (neighbour.gained >= horizon_ &&
+        fits(static_cast<std::uint32_t>(key >> 32), static_cast<std::uint32_t>(key))) {
+      PairInfo& made = pairs_.insert(key, neighbour.gained);
       made.places.reset(new std::uint32_t[neighbour.events]);
       made.places_size = neighbour.events;
       neighbour.places = made.places.get();
@@ -293,10 +313,29 @@ void Trainer::settle(Side& side, std::uint64_t merged, OldKey&& old_key, NewKey&
   side.events.clear();
 }
 
+void Trainer::merge_first(std::vector<IdPair>* merges) {
+  const std::size_t max_length = std::exchange(max_length_, std::size_t{kInside});
+  index_pairs_from(1);
+  for (const auto& [left, right] : options_.first) {
+    if (merges->size() == options_.merges) break;
+    if (std::max(left, right) >= text_.ids()) {
+      throw std::invalid_argument("a first merge of ids that do not exist yet");
+    }
+    if (pairs_.find(pair_key(left, right))) {
+      merge(left, right);
+    } else {
+      add_id(left, right);
+    }
+    merges->emplace_back(left, right);
+  }
+  max_length_ = max_length;
+}
+
 std::vector<IdPair> Trainer::run() {
   constexpr std::size_t kProgressEvery = 256;
   std::vector<IdPair> merges;
-  index_pairs();
+  if (!options_.first.empty()) merge_first(&merges);
+  index_pairs_from(0);
   std::uint64_t key;
   while (merges.size() < options_.merges && next_pair(&key)) {
     const auto left = static_cast<std::uint32_t>(key >> 32);

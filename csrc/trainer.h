@@ -17,6 +17,10 @@ const std::uint32_t* gpt2_byte_ids();
 struct TrainOptions {
   std::size_t merges = 0;       // how many at most
   std::uint64_t min_count = 1;  // a pair seen less often is not merged
+  std::size_t max_length = 0;   // bytes of a token that is merged, 0 is any number
+  // Merged before all others, as if they were the most frequent; merge i of them makes id 256 + i.
+  // They count as merges; min_count and max_length do not apply to them.
+  std::vector<std::pair<std::uint32_t, std::uint32_t>> first;
   // Called now and then with (merges so far, merges wanted); may throw to stop the training.
   std::function<void(std::size_t, std::size_t)> progress;
 };

@@ -1,6 +1,7 @@
 #include "word_counter.h"
 
 #include <cstring>
+#include <stdexcept>
 #include <utility>
 
 #include "hash.h"
@@ -99,6 +100,21 @@ void WordCounter::add(const std::vector<std::string_view>& texts) {
       }
     });
   });
+}
+
+void WordCounter::add_pieces(std::string_view text, const std::int64_t* ends, std::size_t count) {
+  const auto* const begin = reinterpret_cast<const std::uint8_t*>(text.data());
+  std::int64_t from = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::int64_t end = ends[i];  // read once: the caller's array may change meanwhile
+    if (end < from || end > static_cast<std::int64_t>(text.size())) {
+      throw std::invalid_argument("the ends of the pieces must rise and lie inside the text");
+    }
+    if (end > from) {
+      maps_[0].add(begin + from, static_cast<std::size_t>(end - from), begin + text.size(), 1);
+    }
+    from = end;
+  }
 }
 
 WordMap WordCounter::take() {

@@ -61,6 +61,10 @@ class WordCounter {
   // Counts the pieces of each text. Texts are shared out among the threads.
   void add(const std::vector<std::string_view>& texts);
 
+  // Counts the pieces of one text that end at the `count` rising places `ends`. Throws
+  // std::invalid_argument for other places.
+  void add_pieces(std::string_view text, const std::int64_t* ends, std::size_t count);
+
   // All counts in one map; the counter is empty afterwards.
   WordMap take();
 
