@@ -18,15 +18,16 @@ ARROWS = """
     errors      errors                                  <-
     config      config presets cli                      <- errors
     tokenizer   _bpe tokenizer_json tokenizer chat      <- errors
-    data        order documents shards corpus data examples packing <- errors
+    data        order documents shards corpus data examples packing rankings <- errors
     output      progress rundir chart page report       <- errors config
     machine     memory hardware distributed             <- errors
     model       model optim lora                        <- errors config
     checkpoint  tensorfile manifest checkpoint          <- errors
     trainer     trainer evaluation loss                 <- errors config data output machine model checkpoint
     run         run plan generate export                <- errors config data output machine model checkpoint trainer tokenizer
+    post        reward_model preferences                <- errors config data output machine model checkpoint trainer tokenizer run
     assess      ratings tasks judges                    <- errors config data output machine model checkpoint trainer tokenizer run
-    stage       pretrain sft evaluate                   <- errors config data output machine model checkpoint trainer tokenizer run assess
+    stage       pretrain sft evaluate reward dpo        <- errors config data output machine model checkpoint trainer tokenizer run post assess
 """  # noqa: E501
 PART: dict[str, str] = {}
 MAY_IMPORT: dict[str, set[str]] = {}
