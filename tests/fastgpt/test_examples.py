@@ -128,9 +128,9 @@ def test_a_bad_file_is_named(name, content, reason, tmp_path):
 
 
 def test_missing_paths(tmp_path):
-    with pytest.raises(DataError, match="missing.jsonl: no such file or directory"):
+    with pytest.raises(DataError, match=r"missing\.jsonl: no such file or directory"):
         read_chats([tmp_path / "missing.jsonl"])
-    with pytest.raises(DataError, match="no .jsonl, .jsonl.gz, .jsonl.xz files in it"):
+    with pytest.raises(DataError, match=r"no \.jsonl, \.jsonl\.gz, \.jsonl\.xz files in it"):
         read_chats([tmp_path])
 
 
