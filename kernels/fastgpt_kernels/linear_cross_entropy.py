@@ -12,9 +12,6 @@ are kept unscaled until then so that float16 does not underflow: 1 / count and t
 first. For "none" the forward makes losses alone and the backward recomputes each chunk, since every
 row has its own ``grad_output``. A call without gradients does no gradient work.
 
-The logits buffer has rows padded to 128 bytes, so GEMM and kernel see aligned rows for any
-vocabulary.
-
 Shapes: input (N, D), weight (V, D), bias (V,), target (N,).
 """
 
@@ -26,12 +23,14 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import cpu
-from fastgpt_kernels._common import (
-    cdiv,
-    device_guard,
-    launch_config,
-    next_power_of_2,
-    use_triton,
+from fastgpt_kernels._common import device_guard, launch_config, next_power_of_2, use_triton
+from fastgpt_kernels._linear import (
+    accumulate,
+    cast_under_autocast,
+    check_linear,
+    chunk_rows,
+    logits_buffer,
+    logits_into,
 )
 from fastgpt_kernels._loss_kernels import loss_gradient_kernel
 from fastgpt_kernels.cross_entropy import (
@@ -43,34 +42,8 @@ from fastgpt_kernels.cross_entropy import (
     vector_width,
 )
 
-CHUNK_ELEMENTS = 1 << 26
-"""Logits held at once: 128 MiB in bfloat16, enough rows to fill the GEMMs of any current GPU."""
-
 # (ignore_index, label_smoothing, z_loss, softcap): how the loss is defined, as operators pass it.
 _Options = tuple[int, float, float, float]
-
-
-def chunk_rows(n_rows: int, n_cols: int) -> int:
-    """Rows per chunk: as many as ``CHUNK_ELEMENTS`` allow, evenly spread, a multiple of 128."""
-    limit = max(128, CHUNK_ELEMENTS // n_cols // 128 * 128)
-    return cdiv(cdiv(n_rows, cdiv(n_rows, limit)), 128) * 128
-
-
-def _logits_buffer(input: Tensor, weight: Tensor, rows: int) -> Tensor:
-    if not use_triton(input):
-        return input.new_empty(rows, weight.shape[0])
-    group = 128 // input.element_size()
-    n_cols = weight.shape[0]
-    buffer = input.new_empty(rows, cdiv(n_cols, group) * group)
-    buffer[:, n_cols:] = 0  # a GEMM may multiply what lies past an odd row end by 0 (oneDNN does)
-    return buffer[:, :n_cols]
-
-
-def _logits_into(buffer: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    logits = buffer[: input.shape[0]]
-    if bias is None:
-        return torch.mm(input, weight.t(), out=logits)
-    return torch.addmm(bias, input, weight.t(), out=logits)
 
 
 def _chunk_loss_and_dlogits(
@@ -96,16 +69,6 @@ def _chunk_loss_and_dlogits(
     return loss, logits
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` with ``total`` in float32."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    elif a.is_cuda and torch.version.hip is None:
-        total += torch.mm(a, b, out_dtype=torch.float32)
-    else:  # one rounding per chunk to the inputs' dtype
-        total += a @ b
-
-
 def _cpu_fused(input: Tensor, bias: Tensor | None, options: _Options) -> bool:
     """Whether the CPU path with one pass over the logits covers these options."""
     plain = bias is None and options[1] == 0.0
@@ -127,10 +90,10 @@ def _losses(
             ignore_index=ignore_index, z_loss=z_loss, softcap=softcap or None,
         )  # fmt: skip
     step = chunk_rows(n_rows, n_cols)
-    buffer = _logits_buffer(input, weight, min(step, n_rows))
+    buffer = logits_buffer(input, weight, min(step, n_rows))
     for start in range(0, n_rows, step):
         rows = slice(start, start + step)
-        logits = _logits_into(buffer, input[rows], weight, bias)
+        logits = logits_into(buffer, input[rows], weight, bias)
         loss[rows] = cross_entropy_fwd(logits, target[rows], *options)[0]
     return loss
 
@@ -164,15 +127,15 @@ def _gradients(
     if n_rows == 0:
         return loss, dinput, dweight, dbias
     step = chunk_rows(n_rows, n_cols)
-    buffer = _logits_buffer(input, weight, min(step, n_rows))
+    buffer = logits_buffer(input, weight, min(step, n_rows))
     for start in range(0, n_rows, step):
         rows = slice(start, start + step)
-        logits = _logits_into(buffer, input[rows], weight, bias)
+        logits = logits_into(buffer, input[rows], weight, bias)
         loss[rows], d = _chunk_loss_and_dlogits(logits, target[rows], grad[rows], options)
         if needs[0]:
             torch.mm(d, weight, out=dinput[rows])
         if needs[1]:
-            _accumulate(dweight, d.t(), input[rows])
+            accumulate(dweight, d.t(), input[rows])
         if needs[2]:
             dbias += d.sum(0, dtype=torch.float32)
     return loss, dinput, dweight, dbias
@@ -315,26 +278,6 @@ linear_cross_entropy_fwd.register_autograd(_backward_rows, setup_context=_save_r
 linear_cross_entropy_sum.register_autograd(_backward_sum, setup_context=_save_sum)
 
 
-def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if input.dim() != 2 or weight.dim() != 2 or input.shape[1] != weight.shape[1]:
-        raise ValueError(
-            "linear_cross_entropy: input must be (N, D) and linear_weight (V, D), got shapes "
-            f"{tuple(input.shape)} and {tuple(weight.shape)}; flatten the leading dims"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"linear_cross_entropy: linear_bias must be ({weight.shape[0]},), "
-            f"got shape {tuple(bias.shape)}"
-        )
-    same = weight.dtype in (input.dtype, torch.float32)
-    if not same or (bias is not None and bias.dtype != input.dtype):
-        raise ValueError(
-            "linear_cross_entropy: linear_weight must have the dtype of input or be float32, "
-            "linear_bias that of input; got "
-            f"{input.dtype}, {weight.dtype}{'' if bias is None else f', {bias.dtype}'}"
-        )
-
-
 def linear_cross_entropy(
     input_ND: Tensor,
     linear_weight_VD: Tensor,
@@ -370,14 +313,11 @@ def linear_cross_entropy(
     Raises:
         ValueError: wrong shapes or dtypes, or options out of range.
     """
-    input, weight, bias = input_ND, linear_weight_VD, linear_bias
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        input, weight = input.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    _check(input, weight, bias)
+    input, weight, bias = cast_under_autocast(input_ND, linear_weight_VD, linear_bias)
     name = "linear_cross_entropy"
+    if input.dim() != 2:
+        raise ValueError(f"{name}: input must be (N, D), got shape {tuple(input.shape)}; flatten it")
+    check_linear(name, input, weight, bias, ("input", "linear_weight", "linear_bias"))
     check_options(name, input.shape[0], target_N, reduction, label_smoothing, softcap)
     options = ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0)
     needs = [

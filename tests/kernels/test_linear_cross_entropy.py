@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from harness import compare
 
-from fastgpt_kernels import cpu, linear_cross_entropy, reference
+from fastgpt_kernels import _linear, cpu, linear_cross_entropy, reference
 
 MODULE = sys.modules["fastgpt_kernels.linear_cross_entropy"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,7 +44,7 @@ def native(x, w, target, linear_bias=None, softcap=None, z_loss=0.0, reduction="
     ("rows", "width", "vocabulary"), [(1, 8, 8), (300, 32, 57), (140, 64, 1000)]
 )
 def test_linear_cross_entropy(monkeypatch, rows, width, vocabulary, dtype, options, with_bias):
-    monkeypatch.setattr(MODULE, "CHUNK_ELEMENTS", 128 * vocabulary)
+    monkeypatch.setattr(_linear, "CHUNK_ELEMENTS", 128 * vocabulary)
     target = torch.randint(vocabulary, (rows,))
     target[1::7] = -100
     tensors = [torch.randn(rows, width), torch.randn(vocabulary, width) * 0.4]
@@ -82,7 +82,7 @@ def test_agrees_with_pytorch_2_13():
 def test_logits_are_never_whole(monkeypatch, bias):
     """The largest tensor allocated is one chunk (or the weight), not rows x vocabulary."""
     rows, width, vocabulary = 1024, 16, 400
-    monkeypatch.setattr(MODULE, "CHUNK_ELEMENTS", 128 * vocabulary)
+    monkeypatch.setattr(_linear, "CHUNK_ELEMENTS", 128 * vocabulary)
     monkeypatch.setattr(cpu, "MAX_LOGITS_BYTES", 128 * vocabulary * 4)
     x = torch.randn(rows, width, requires_grad=True)
     w = torch.randn(vocabulary, width, requires_grad=True)
@@ -146,7 +146,7 @@ def test_float32_master_weight():
     ("change", "message"),
     [
         ({"input_ND": torch.randn(2, 3, 8)}, "flatten"),
-        ({"linear_weight_VD": torch.randn(5, 7)}, "flatten"),
+        ({"linear_weight_VD": torch.randn(5, 7)}, "shapes"),
         ({"linear_bias": torch.randn(4)}, "linear_bias"),
         ({"linear_weight_VD": torch.randn(5, 8).half()}, "dtype"),
         ({"target_N": torch.zeros(3, dtype=torch.int64)}, "target"),
