@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastgpt.errors import UsageError
 from fastgpt.tokenizer import Tokenizer
@@ -22,7 +23,7 @@ ROLES = ("user", "assistant", "system")
 END = "<|end|>"
 CHAT_TOKENS = (*(f"<|{role}|>" for role in ROLES), END)
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 """Each with "role" (one of `ROLES`) and "content"."""
 
 

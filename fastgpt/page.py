@@ -49,12 +49,18 @@ def charts(figures: Sequence[str]) -> str:
     return f'<section class="charts">{"".join(figures)}</section>' if figures else ""
 
 
-def columns(keys: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table with a line for each row."""
+def columns(keys: Sequence[str], rows: Sequence[Mapping[str, Any]], *, css: str = "numbers") -> str:
+    """A table with a line for each row; ``css`` is "numbers" or "texts"."""
     head = "".join(f"<th>{html_text(key)}</th>" for key in keys)
     lines = ["".join(f"<td>{html_text(value_text(r.get(key)))}</td>" for key in keys) for r in rows]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<table class="{css}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def points(records: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
+    """(step, value) of the records that have a number under ``key``."""
+    values = ((r["step"], r.get(key)) for r in records)
+    return [(x, float(y)) for x, y in values if isinstance(y, int | float)]
 
 
 def raw_and_smooth(name: str, points: list[Point], color: int = 0) -> list[Series]:
@@ -145,8 +151,8 @@ overflow-wrap:anywhere}
 h2{margin:44px 0 12px;font-size:19px;font-weight:650;letter-spacing:-.01em}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(132px,1fr));gap:12px;
 margin:0 0 20px}
-.tiles div,figure,blockquote,.facts,.numbers{background:var(--card);border:1px solid var(--line);
-border-radius:10px}
+.tiles div,figure,blockquote,.facts,.numbers,.texts{background:var(--card);
+border:1px solid var(--line);border-radius:10px}
 .tiles div{padding:12px 16px 10px}
 .tiles dt{color:var(--soft);font-size:13px}
 .tiles dd{margin:0;font-size:23px;font-weight:620;font-variant-numeric:tabular-nums;
@@ -189,7 +195,8 @@ overflow-wrap:anywhere}
 tr:last-child>*{border-bottom:0}
 th{color:var(--soft);font-weight:500}
 .facts th{width:32%}
-.numbers{margin-top:10px}
+.numbers,.texts{margin-top:10px}
+.texts td{white-space:pre-wrap}
 .numbers th,.numbers td{text-align:right}
 thead th{border-bottom:1px solid var(--line)!important}
 @media print{body{background:none}figure,blockquote,tr{break-inside:avoid}}

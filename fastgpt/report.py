@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 import fastgpt
-from fastgpt.chart import Point, Series, number
+from fastgpt.chart import Series, number
 from fastgpt.errors import UsageError
 from fastgpt.page import (
     charts,
@@ -30,6 +30,7 @@ from fastgpt.page import (
     flat,
     html_text,
     page,
+    points,
     raw_and_smooth,
     spreads,
     tiles,
@@ -187,13 +188,8 @@ def render(
     return page(name, "fastgpt run", body)
 
 
-def _points(records: Records, key: str) -> list[Point]:
-    values = ((r["step"], r.get(key)) for r in records)
-    return [(x, float(y)) for x, y in values if isinstance(y, int | float)]
-
-
 def _finite(records: Records, key: str) -> list[float]:
-    return [y for _, y in _points(records, key) if math.isfinite(y)]
+    return [y for _, y in points(records, key) if math.isfinite(y)]
 
 
 def _tiles(metrics: Records, timings: Records) -> str:
@@ -219,26 +215,26 @@ def _tiles(metrics: Records, timings: Records) -> str:
 
 def _curves(metrics: Records, timings: Records) -> str:
     figures = [_loss_figure(metrics)]
-    bpb = Series("validation", _points(metrics, "val_bpb"), 1, "dots")
+    bpb = Series("validation", points(metrics, "val_bpb"), 1, "dots")
     figures.append(figure("Bits per byte", [bpb], log=False))
-    figures.append(figure("Learning rate", [Series("lr", _points(metrics, "lr"))], log=False))
-    norm = _points(metrics, "grad_norm")
+    figures.append(figure("Learning rate", [Series("lr", points(metrics, "lr"))], log=False))
+    norm = points(metrics, "grad_norm")
     figures.append(figure("Gradient norm", raw_and_smooth("norm", norm), log=spreads(norm)))
     # No curve of the MFU: it is the throughput times a constant.
-    rate = raw_and_smooth("tokens / s", _points(timings, "tokens_per_s"), 2)
+    rate = raw_and_smooth("tokens / s", points(timings, "tokens_per_s"), 2)
     figures.append(figure("Throughput, tokens / s", rate, log=False))
     for records in (metrics, timings):
         for key in dict.fromkeys(key for record in records for key in record):
-            points = _points(records, key)
-            if key not in _CHARTS_ELSEWHERE and any(y for _, y in points):  # "skipped" is mostly 0
-                curve = raw_and_smooth(key, points)
+            found = points(records, key)
+            if key not in _CHARTS_ELSEWHERE and any(y for _, y in found):  # "skipped" is mostly 0
+                curve = raw_and_smooth(key, found)
                 figures.append(figure(key.replace("_", " "), curve, log=False))
     return charts(figures)
 
 
 def _loss_figure(metrics: Records) -> str:
-    train = raw_and_smooth("train", _points(metrics, "loss"))
-    val = Series("validation", _points(metrics, "val_loss"), 1, "dots")
+    train = raw_and_smooth("train", points(metrics, "loss"))
+    val = Series("validation", points(metrics, "val_loss"), 1, "dots")
     series = [*train, val] if val.points else train
     return figure("Loss, nats per token", series, log=False, wide=True)
 

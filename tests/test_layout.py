@@ -24,10 +24,10 @@ ARROWS = """
     model       model optim lora                        <- errors config
     checkpoint  tensorfile manifest checkpoint          <- errors
     trainer     trainer evaluation loss                 <- errors config data output machine model checkpoint
-    run         run plan generate export                <- errors config data output machine model checkpoint trainer tokenizer
+    run         run plan generate export modeling_fastgpt                <- errors config data output machine model checkpoint trainer tokenizer
     post        reward_model preferences                <- errors config data output machine model checkpoint trainer tokenizer run
-    assess      ratings tasks judges                    <- errors config data output machine model checkpoint trainer tokenizer run
-    stage       pretrain sft evaluate reward dpo        <- errors config data output machine model checkpoint trainer tokenizer run post assess
+    assess      ratings tasks judges                    <- errors config data output machine model checkpoint trainer tokenizer run post
+    stage       pretrain sft evaluate reward dpo pipeline <- errors config data output machine model checkpoint trainer tokenizer run post assess
 """  # noqa: E501
 PART: dict[str, str] = {}
 MAY_IMPORT: dict[str, set[str]] = {}

@@ -1,0 +1,181 @@
+"""Who says which answer is better: a reward model, a Python function, or people's recorded votes.
+
+A function judges ``(prompts, responses, references) -> scores``: the conversations (lists of
+messages), the answers, and what each record had as reference (None without), all of one length; a
+higher score is better. It is named ``package.module:function``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgpt.chat import render
+from fastgpt.errors import DataError, UsageError
+from fastgpt.examples import Message, Prompt, read_records
+from fastgpt.ratings import Vote
+
+if TYPE_CHECKING:
+    from fastgpt.reward_model import RewardModel
+    from fastgpt.tokenizer import Tokenizer
+
+SCORE_BATCH = 64
+
+Judge = Callable[[Sequence[Sequence[Message]], Sequence[str], Sequence[Any]], Sequence[float]]
+
+_OUTCOMES = {"a": 1.0, "b": 0.0, "tie": 0.5}
+
+
+def load_function(spec: str, flag: str) -> Callable[..., Any]:
+    """The function ``package.module:function`` of ``flag``; modules here and on the path count.
+
+    Raises:
+        UsageError: it cannot be imported.
+    """
+    module, _, name = spec.partition(":")
+    if not module or not name:
+        raise UsageError(f"{flag} {spec}: name it as package.module:function")
+    if "" not in sys.path:  # a file in the working directory, as with python -m
+        sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"{flag} {spec}: {error}; is it installed, or in this directory?"
+        ) from error
+    if not callable(function):
+        raise UsageError(f"{flag} {spec}: it is {type(function).__name__}, not a function")
+    return function
+
+
+def load_judge(spec: str, *, device: str = "auto", dtype: str = "auto") -> Judge:
+    """The judge ``spec``: a function, or the run directory of a reward model.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if not Path(spec).is_dir():
+        return load_function(spec, "--judge")
+    from fastgpt.reward_model import load_reward_model
+
+    model, tokenizer = load_reward_model(Path(spec), device=device, dtype=dtype)
+    return RewardJudge(model, tokenizer)
+
+
+class RewardJudge:
+    """A reward model as a judge of texts."""
+
+    def __init__(self, model: RewardModel, tokenizer: Tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        responses: Sequence[str],
+        references: Sequence[Any] = (),
+    ) -> list[float]:
+        """Normalised scores; a conversation beyond the model's context loses its beginning."""
+        import torch
+
+        rows = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            turns = [*prompt, Message(role="assistant", content=response)]
+            rows.append(render(self.tokenizer, turns)[0][-self.model.config.context :])
+        device = self.model.head.weight.device
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        scores = [0.0] * len(rows)
+        eager = torch.compiler.set_stance("force_eager")  # every length would be compiled anew
+        with torch.no_grad(), eager:
+            for first in range(0, len(order), SCORE_BATCH):
+                part = order[first : first + SCORE_BATCH]
+                tokens_BT = torch.zeros(len(part), len(rows[part[-1]]), dtype=torch.int64)
+                for row_T, i in zip(tokens_BT, part, strict=True):
+                    row_T[: len(rows[i])] = torch.tensor(rows[i])
+                last_B = torch.tensor([len(rows[i]) - 1 for i in part])
+                values = self.model.scores(tokens_BT.to(device), last_B.to(device)).tolist()
+                for i, value in zip(part, values, strict=True):
+                    scores[i] = value
+        return scores
+
+
+def scores_of(
+    judge: Judge, name: str, prompts: Sequence[Prompt], responses: Sequence[str]
+) -> list[float]:
+    """What ``judge`` says of each response. Raises DataError unless it is a finite number each."""
+    references = [prompt.reference for prompt in prompts]
+    scores = list(judge([prompt.messages for prompt in prompts], list(responses), references))
+    if len(scores) != len(responses):
+        raise DataError(f"{name}: {len(scores)} scores for {len(responses)} responses")
+    values = [float(score) for score in scores]
+    for prompt, value in zip(prompts, values, strict=True):
+        if not math.isfinite(value):
+            raise DataError(
+                f"{name}: a score of {value} for the prompt {prompt.source}:{prompt.line}"
+            )
+    return values
+
+
+def votes_from_scores(scores: Mapping[str, Sequence[float]]) -> list[Vote]:
+    """Every two models compared on every prompt, from the scores of their answers."""
+    return [
+        Vote(prompt, a, b, 0.5 if x == y else float(x > y))
+        for a, b in itertools.combinations(scores, 2)
+        for prompt, (x, y) in enumerate(zip(scores[a], scores[b], strict=True))
+    ]
+
+
+def read_votes(path: Path) -> list[Vote]:
+    """Recorded votes: ``{"prompt": any, "a": model, "b": model, "winner": "a" | "b" | "tie"}``.
+
+    Raises DataError with file and line.
+    """
+    votes, numbers = [], {}
+    for record in read_records([path]):
+        winner = record.values.get("winner")
+        if winner not in _OUTCOMES:
+            raise record.bad(f"'winner' is {winner!r}; it must be a, b or tie")
+        prompt = numbers.setdefault(str(record.values.get("prompt", record.line)), len(numbers))
+        a, b = record.text("a"), record.text("b")
+        if a == b:
+            raise record.bad(f"{a!r} is compared with itself; name two models")
+        votes.append(Vote(prompt, a, b, _OUTCOMES[winner]))
+    return votes
+
+
+def chrf(
+    prompts: Sequence[Sequence[Message]], responses: Sequence[str], references: Sequence[Any]
+) -> list[float]:
+    """Likeness to the reference answer in [0, 1]: chrF2, character 1- to 6-grams.
+
+    Popovic 2015 (aclanthology.org/W15-3049): the F-score of their mean precision and recall, recall
+    counting twice as much; spaces are left out.
+    """
+    return [
+        _chrf(response, str(reference))
+        for response, reference in zip(responses, references, strict=True)
+    ]
+
+
+def _chrf(text: str, reference: str, longest: int = 6, beta: float = 2.0) -> float:
+    text, reference = "".join(text.split()), "".join(reference.split())
+    precisions, recalls = [], []
+    for n in range(1, longest + 1):
+        ours, theirs = (
+            Counter(s[i : i + n] for i in range(len(s) - n + 1)) for s in (text, reference)
+        )
+        shared = (ours & theirs).total()
+        if ours and theirs:
+            precisions.append(shared / ours.total())
+            recalls.append(shared / theirs.total())
+    if not precisions:
+        return float(text == reference)
+    precision, recall = (sum(values) / len(values) for values in (precisions, recalls))
+    if precision + recall == 0:
+        return 0.0
+    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
