@@ -29,119 +29,16 @@ calculation for softmax (arXiv 1805.02867).
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
+from fastgpt_kernels._attention_blocks import (
+    key_block,
+    key_plan,
+    load_tile,
+    query_block,
+    query_plan,
+    tanh,
+    tile,
+)
 from fastgpt_kernels._common import tl, triton
-
-
-@triton.jit
-def _tanh(x):
-    """Tanh to a few float32 ulp: 1 - 2/(1 + e^2x), and an odd polynomial where that cancels."""
-    z = x * x
-    small = -0.00570404 * z + 0.02063786
-    small = (small * z - 0.05373916) * z + 0.13331432
-    small = x + x * z * (small * z - 0.33333281)
-    large = 1.0 - 2.0 / (1.0 + tl.exp2(x * 2.8853900817779268))
-    return tl.where(tl.abs(x) < 0.625, small, large)
-
-
-@triton.jit
-def _tile(base, rows, stride_row, cols, stride_col):
-    """Pointers to a (rows, cols) tile; the products are 64-bit because views may span > 2^31."""
-    row_offsets = rows.to(tl.int64)[:, None] * stride_row
-    return base + row_offsets + cols.to(tl.int64)[None, :] * stride_col
-
-
-@triton.jit
-def _load_tile(pointers, row_ok, col_ok, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
-    """Load a tile; what lies outside is 0, so that it adds nothing to a dot product."""
-    if MASK_ROWS and MASK_COLS:
-        return tl.load(pointers, mask=row_ok[:, None] & col_ok[None, :], other=0.0)
-    if MASK_ROWS:
-        return tl.load(pointers, mask=row_ok[:, None], other=0.0)
-    if MASK_COLS:
-        return tl.load(pointers, mask=col_ok[None, :], other=0.0)
-    return tl.load(pointers)
-
-
-@triton.jit
-def _key_bounds(rows, doc, T, S, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
-    """The keys [lo, hi) each query row sees; ``doc`` is its first key by document, or 0."""
-    lo = tl.maximum(doc, 0)
-    hi = rows * 0 + S
-    if CAUSAL:
-        hi = tl.minimum(tl.maximum(rows + (S - T) + 1, 0), S)
-    if WINDOWED:
-        lo = tl.maximum(lo, rows + (S - T) - window + 1)
-    return lo, hi
-
-
-@triton.jit
-def _query_bounds(keys, doc_end, T, S, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
-    """The queries [lo, hi) that see each key; ``doc_end`` ends them by document, or is T."""
-    lo = keys * 0
-    hi = tl.minimum(doc_end, T)
-    if CAUSAL:
-        lo = tl.maximum(keys - (S - T), 0)
-    if WINDOWED:
-        hi = tl.minimum(hi, tl.maximum(keys - (S - T) + window, 0))
-    return lo, hi
-
-
-@triton.jit
-def _split(lo_min, lo_max, hi_min, hi_max, BLOCK: tl.constexpr):
-    """Split [lo_min, hi_max) into blocks of which [full, full + n_full * BLOCK) need no mask.
-
-    lo_* and hi_* are the least and greatest bounds in the other dimension's block. Returns
-    (first, n_head, full, n_full, n_edge): the masked blocks are n_head from ``first`` on and
-    n_edge - n_head after the full ones, which one loop can walk.
-    """
-    first = lo_min // BLOCK * BLOCK
-    full = tl.minimum(tl.cdiv(lo_max, BLOCK) * BLOCK, tl.maximum(hi_max, first))
-    n_full = tl.maximum(hi_min // BLOCK * BLOCK - full, 0) // BLOCK
-    n_head = tl.cdiv(full - first, BLOCK)
-    n_tail = tl.cdiv(tl.maximum(hi_max - full - n_full * BLOCK, 0), BLOCK)
-    return first, n_head, full, n_full, n_head + n_tail
-
-
-@triton.jit
-def _key_plan(
-    rows, row_ok, start_m, doc_ptr, batch, T, S, window,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Per row the keys [lo, hi) it sees, and the ``split`` of what a block of queries sees."""
-    doc, doc_min, doc_max = rows * 0, 0, 0
-    last = tl.minimum(start_m + BLOCK_M, T) - 1
-    if DOCS:
-        doc_ptr += batch * T
-        doc = tl.load(doc_ptr + rows, mask=row_ok, other=0)
-        doc_min = tl.load(doc_ptr + start_m)
-        doc_max = tl.load(doc_ptr + last)
-    lo, hi = _key_bounds(rows, doc, T, S, window, CAUSAL, WINDOWED)
-    lo_min, hi_min = _key_bounds(start_m, doc_min, T, S, window, CAUSAL, WINDOWED)
-    lo_max, hi_max = _key_bounds(last, doc_max, T, S, window, CAUSAL, WINDOWED)
-    first, n_head, full, n_full, n_edge = _split(lo_min, lo_max, hi_min, hi_max, BLOCK_N)
-    return lo, hi, first, n_head, full, n_full, n_edge
-
-
-@triton.jit
-def _query_plan(
-    keys, key_ok, start_n, doc_end_ptr, batch, T, S, window,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, DOCS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Per key the queries [lo, hi) that see it, and the ``split`` for a block of keys."""
-    doc_end, end_min, end_max = keys * 0 + T, T, T
-    last = tl.minimum(start_n + BLOCK_N, S) - 1
-    if DOCS:
-        doc_end_ptr += batch * S
-        doc_end = tl.load(doc_end_ptr + keys, mask=key_ok, other=0)
-        end_min = tl.load(doc_end_ptr + start_n)
-        end_max = tl.load(doc_end_ptr + last)
-    lo, hi = _query_bounds(keys, doc_end, T, S, window, CAUSAL, WINDOWED)
-    lo_min, hi_min = _query_bounds(start_n, end_min, T, S, window, CAUSAL, WINDOWED)
-    lo_max, hi_max = _query_bounds(last, end_max, T, S, window, CAUSAL, WINDOWED)
-    first, n_head, full, n_full, n_edge = _split(lo_min, lo_max, hi_min, hi_max, BLOCK_M)
-    return lo, hi, first, n_head, full, n_full, n_edge
 
 
 @triton.jit
@@ -158,10 +55,10 @@ def _fwd_loop(
             start += tl.where(i >= n_head, skip, 0)
         keys = start + tl.arange(0, BLOCK_N)
         k_pointers = k_tile + start.to(tl.int64) * stride_ks
-        k = _load_tile(k_pointers, keys < S, col_ok, MASKED, MASK_COLS)
+        k = load_tile(k_pointers, keys < S, col_ok, MASKED, MASK_COLS)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP:
-            x = _tanh(x * score_in)
+            x = tanh(x * score_in)
         if MASKED:
             x = tl.where(
                 (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), x, -float("inf")
@@ -174,49 +71,45 @@ def _fwd_loop(
         rescale = tl.exp2(peak - shift)
         total = total * rescale + tl.sum(p, 1)
         v_pointers = v_tile + start.to(tl.int64) * stride_vs
-        v = _load_tile(v_pointers, keys < S, col_ok, MASKED, MASK_COLS)
+        v = load_tile(v_pointers, keys < S, col_ok, MASKED, MASK_COLS)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
         peak = new_peak
     return acc, total, peak
 
 
-@triton.jit(do_not_specialize=["n_heads", "T", "S", "window"])
+@triton.jit(do_not_specialize=["n_heads", "T", "S", "window", "n_seqs", "n_tiles"])
 def fwd_kernel(
-    q_ptr, k_ptr, v_ptr, doc_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, doc_ptr, cu_q_ptr, cu_k_ptr, tiles_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd,
-    n_heads, T, S, window, score_in, score_log2,
+    n_heads, T, S, window, n_seqs, n_tiles, score_in, score_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    DOCS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    DOCS: tl.constexpr, VARLEN: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head: out (B, T, H, D) and lse (B, H, T)."""
-    n_blocks_m = tl.cdiv(T, BLOCK_M)
-    pid = tl.program_id(0)
-    # Last queries first: under a causal mask they have the most keys, and a long block that
-    # starts last leaves the other processors idle.
-    start_m = (n_blocks_m - 1 - pid % n_blocks_m) * BLOCK_M
-    batch = (pid // n_blocks_m // n_heads).to(tl.int64)
-    head = pid // n_blocks_m % n_heads
+    start_m, head, at_q, at_k, row, stats, T, S = query_block(
+        tiles_ptr, cu_q_ptr, cu_k_ptr, n_tiles, n_seqs, n_heads, T, S, VARLEN, BLOCK_M
+    )
     rows = start_m + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_D)
     row_ok = rows < T
     col_ok = cols < HEAD_DIM
     MASK_COLS: tl.constexpr = BLOCK_D != HEAD_DIM
 
-    lo, hi, first, n_head, full, n_full, n_edge = _key_plan(
-        rows, row_ok, start_m, doc_ptr, batch, T, S, window,
+    lo, hi, first, n_head, full, n_full, n_edge = key_plan(
+        rows, row_ok, start_m, doc_ptr, at_q, T, S, window,
         CAUSAL, WINDOWED, DOCS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     head_k = (head // GROUP).to(tl.int64)
-    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
-    k_base = k_ptr + batch * stride_kb + head_k * stride_kh
-    v_base = v_ptr + batch * stride_vb + head_k * stride_vh
-    q_tile = _tile(q_base, rows, stride_qt, cols, stride_qd)
-    k_tile = _tile(k_base, tl.arange(0, BLOCK_N), stride_ks, cols, stride_kd)
-    v_tile = _tile(v_base, tl.arange(0, BLOCK_N), stride_vs, cols, stride_vd)
-    q = _load_tile(q_tile, row_ok, col_ok, True, MASK_COLS)
+    q_base = q_ptr + at_q * stride_qb + head.to(tl.int64) * stride_qh
+    k_base = k_ptr + at_k * stride_kb + head_k * stride_kh
+    v_base = v_ptr + at_k * stride_vb + head_k * stride_vh
+    q_tile = tile(q_base, rows, stride_qt, cols, stride_qd)
+    k_tile = tile(k_base, tl.arange(0, BLOCK_N), stride_ks, cols, stride_kd)
+    v_tile = tile(v_base, tl.arange(0, BLOCK_N), stride_vs, cols, stride_vd)
+    q = load_tile(q_tile, row_ok, col_ok, True, MASK_COLS)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -236,9 +129,9 @@ def fwd_kernel(
     total = tl.where(empty, 1.0, total)
     acc *= (1.0 / total)[:, None]
     lse = tl.where(empty, float("inf"), peak + tl.log2(total))
-    tl.store(lse_ptr + (batch * n_heads + head) * T + rows, lse, mask=row_ok)
-    out_base = out_ptr + (batch * T * n_heads + head) * HEAD_DIM
-    out_tile = _tile(out_base, rows, n_heads * HEAD_DIM, cols, 1)
+    tl.store(lse_ptr + stats + rows, lse, mask=row_ok)
+    out_base = out_ptr + (row * n_heads + head) * HEAD_DIM
+    out_tile = tile(out_base, rows, n_heads * HEAD_DIM, cols, 1)
     tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
 
 
@@ -256,12 +149,12 @@ def _dq_loop(
             start += tl.where(i >= n_head, skip, 0)
         keys = start + tl.arange(0, BLOCK_N)
         k_pointers = k_tile + start.to(tl.int64) * stride_ks
-        k = _load_tile(k_pointers, keys < S, col_ok, MASKED, MASK_COLS)
+        k = load_tile(k_pointers, keys < S, col_ok, MASKED, MASK_COLS)
         v_pointers = v_tile + start.to(tl.int64) * stride_vs
-        v = _load_tile(v_pointers, keys < S, col_ok, MASKED, MASK_COLS)
+        v = load_tile(v_pointers, keys < S, col_ok, MASKED, MASK_COLS)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP:
-            x = _tanh(x * score_in)
+            x = tanh(x * score_in)
         p = tl.exp2(x * score_log2 - lse[:, None])
         if MASKED:
             p = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), p, 0.0)
@@ -273,52 +166,52 @@ def _dq_loop(
     return acc
 
 
-@triton.jit(do_not_specialize=["n_heads", "T", "S", "window"])
+@triton.jit(do_not_specialize=["n_heads", "T", "S", "window", "n_seqs", "n_tiles"])
 def bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, doc_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, doc_ptr, cu_q_ptr, cu_k_ptr, tiles_ptr, out_ptr, do_ptr, dlse_ptr,
+    lse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd,
     stride_gb, stride_gh, stride_gt, stride_gd,
-    n_heads, T, S, window, scale, score_in, score_log2,
+    n_heads, T, S, window, n_seqs, n_tiles, scale, score_in, score_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    DOCS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    DOCS: tl.constexpr, VARLEN: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head: dq (B, T, H, D), and delta (B, H, T) for dk."""
-    n_blocks_m = tl.cdiv(T, BLOCK_M)
-    pid = tl.program_id(0)
-    start_m = (n_blocks_m - 1 - pid % n_blocks_m) * BLOCK_M
-    batch = (pid // n_blocks_m // n_heads).to(tl.int64)
-    head = pid // n_blocks_m % n_heads
+    start_m, head, at_q, at_k, row, stats, T, S = query_block(
+        tiles_ptr, cu_q_ptr, cu_k_ptr, n_tiles, n_seqs, n_heads, T, S, VARLEN, BLOCK_M
+    )
     rows = start_m + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_D)
     row_ok = rows < T
     col_ok = cols < HEAD_DIM
     MASK_COLS: tl.constexpr = BLOCK_D != HEAD_DIM
 
-    lo, hi, first, n_head, full, n_full, n_edge = _key_plan(
-        rows, row_ok, start_m, doc_ptr, batch, T, S, window,
+    lo, hi, first, n_head, full, n_full, n_edge = key_plan(
+        rows, row_ok, start_m, doc_ptr, at_q, T, S, window,
         CAUSAL, WINDOWED, DOCS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     head_k = (head // GROUP).to(tl.int64)
-    k_base = k_ptr + batch * stride_kb + head_k * stride_kh
-    v_base = v_ptr + batch * stride_vb + head_k * stride_vh
-    k_tile = _tile(k_base, tl.arange(0, BLOCK_N), stride_ks, cols, stride_kd)
-    v_tile = _tile(v_base, tl.arange(0, BLOCK_N), stride_vs, cols, stride_vd)
-    do_base = do_ptr + batch * stride_gb + head.to(tl.int64) * stride_gh
-    do_tile = _tile(do_base, rows, stride_gt, cols, stride_gd)
-    do = _load_tile(do_tile, row_ok, col_ok, True, MASK_COLS)
-    out_base = (batch * T * n_heads + head) * HEAD_DIM
-    out_tile = _tile(out_ptr + out_base, rows, n_heads * HEAD_DIM, cols, 1)
-    out = _load_tile(out_tile, row_ok, col_ok, True, MASK_COLS)
+    k_base = k_ptr + at_k * stride_kb + head_k * stride_kh
+    v_base = v_ptr + at_k * stride_vb + head_k * stride_vh
+    k_tile = tile(k_base, tl.arange(0, BLOCK_N), stride_ks, cols, stride_kd)
+    v_tile = tile(v_base, tl.arange(0, BLOCK_N), stride_vs, cols, stride_vd)
+    do_base = do_ptr + at_q * stride_gb + head.to(tl.int64) * stride_gh
+    do_tile = tile(do_base, rows, stride_gt, cols, stride_gd)
+    do = load_tile(do_tile, row_ok, col_ok, True, MASK_COLS)
+    out_base = (row * n_heads + head) * HEAD_DIM
+    out_tile = tile(out_ptr + out_base, rows, n_heads * HEAD_DIM, cols, 1)
+    out = load_tile(out_tile, row_ok, col_ok, True, MASK_COLS)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    stats = (batch * n_heads + head) * T + rows
-    tl.store(delta_ptr + stats, delta, mask=row_ok)
-    lse = tl.load(lse_ptr + stats, mask=row_ok, other=float("inf"))
-    q_base = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
-    q_tile = _tile(q_base, rows, stride_qt, cols, stride_qd)
-    q = _load_tile(q_tile, row_ok, col_ok, True, MASK_COLS)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + stats + rows, mask=row_ok, other=0.0)
+    tl.store(delta_ptr + stats + rows, delta, mask=row_ok)
+    lse = tl.load(lse_ptr + stats + rows, mask=row_ok, other=float("inf"))
+    q_base = q_ptr + at_q * stride_qb + head.to(tl.int64) * stride_qh
+    q_tile = tile(q_base, rows, stride_qt, cols, stride_qd)
+    q = load_tile(q_tile, row_ok, col_ok, True, MASK_COLS)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     acc = _dq_loop(
@@ -331,7 +224,7 @@ def bwd_dq_kernel(
         full, 0, 0, n_full, score_in, score_log2,
         False, SOFTCAP, MASK_COLS, BLOCK_N, PRECISION,
     )  # fmt: skip
-    dq_tile = _tile(dq_ptr + out_base, rows, n_heads * HEAD_DIM, cols, 1)
+    dq_tile = tile(dq_ptr + out_base, rows, n_heads * HEAD_DIM, cols, 1)
     dq = (acc * scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_tile, dq, mask=row_ok[:, None] & col_ok[None, :])
 
@@ -339,7 +232,7 @@ def bwd_dq_kernel(
 @triton.jit
 def _dkv_loop(
     dk, dv, k, v, q_tile, do_tile, lse_ptr, delta_ptr,
-    stride_qh, stride_qt, stride_gh, stride_gt, lo, hi, col_ok, T,
+    stride_qh, stride_qt, stride_gh, stride_gt, stride_stats, lo, hi, col_ok, T,
     first, n_head, skip, n_blocks, score_in, score_log2,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, MASK_COLS: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
@@ -366,9 +259,9 @@ def _dkv_loop(
         if GROUP > 1:
             q_pointers += member.to(tl.int64) * stride_qh
             do_pointers += member.to(tl.int64) * stride_gh
-            stats += member * T
-        q = _load_tile(q_pointers, rows < T, col_ok, MASKED, MASK_COLS)
-        do = _load_tile(do_pointers, rows < T, col_ok, MASKED, MASK_COLS)
+            stats += member * stride_stats
+        q = load_tile(q_pointers, rows < T, col_ok, MASKED, MASK_COLS)
+        do = load_tile(do_pointers, rows < T, col_ok, MASKED, MASK_COLS)
         if MASKED:
             lse = tl.load(lse_ptr + stats, mask=rows < T, other=float("inf"))
             delta = tl.load(delta_ptr + stats, mask=rows < T, other=0.0)
@@ -377,7 +270,7 @@ def _dkv_loop(
             delta = tl.load(delta_ptr + stats)
         x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if SOFTCAP:
-            x = _tanh(x * score_in)
+            x = tanh(x * score_in)
         p = tl.exp2(x * score_log2 - lse[None, :])
         if MASKED:
             p = tl.where((rows[None, :] >= lo[:, None]) & (rows[None, :] < hi[:, None]), p, 0.0)
@@ -390,67 +283,66 @@ def _dkv_loop(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["n_heads", "T", "S", "window"])
+@triton.jit(do_not_specialize=["n_heads", "T", "S", "window", "n_seqs", "n_tiles"])
 def bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, doc_end_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, doc_end_ptr, cu_q_ptr, cu_k_ptr, tiles_ptr, do_ptr, lse_ptr, delta_ptr,
+    dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd,
     stride_gb, stride_gh, stride_gt, stride_gd,
-    n_heads, T, S, window, scale, score_in, score_log2,
+    n_heads, T, S, window, n_seqs, n_tiles, scale, score_in, score_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
-    DOCS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    DOCS: tl.constexpr, VARLEN: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of one key head, over the query heads sharing it: dk, dv (B, S, HK, D)."""
-    n_blocks_n = tl.cdiv(S, BLOCK_N)
-    pid = tl.program_id(0)
-    start_n = pid % n_blocks_n * BLOCK_N
     n_heads_k = n_heads // GROUP
-    batch = (pid // n_blocks_n // n_heads_k).to(tl.int64)
-    head_k = pid // n_blocks_n % n_heads_k
+    stride_stats = T
+    start_n, head_k, at_q, at_k, row, stats, T, S = key_block(
+        tiles_ptr, cu_q_ptr, cu_k_ptr, n_tiles, n_seqs, n_heads, T, S, VARLEN, GROUP, BLOCK_N
+    )
     keys = start_n + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
     key_ok = keys < S
     col_ok = cols < HEAD_DIM
     MASK_COLS: tl.constexpr = BLOCK_D != HEAD_DIM
 
-    lo, hi, first, n_head, full, n_full, n_edge = _query_plan(
-        keys, key_ok, start_n, doc_end_ptr, batch, T, S, window,
+    lo, hi, first, n_head, full, n_full, n_edge = query_plan(
+        keys, key_ok, start_n, doc_end_ptr, at_k, T, S, window,
         CAUSAL, WINDOWED, DOCS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
-    k_base = k_ptr + batch * stride_kb + head_k.to(tl.int64) * stride_kh
-    v_base = v_ptr + batch * stride_vb + head_k.to(tl.int64) * stride_vh
-    k_tile = _tile(k_base, keys, stride_ks, cols, stride_kd)
-    v_tile = _tile(v_base, keys, stride_vs, cols, stride_vd)
-    k = _load_tile(k_tile, key_ok, col_ok, True, MASK_COLS)
-    v = _load_tile(v_tile, key_ok, col_ok, True, MASK_COLS)
+    k_base = k_ptr + at_k * stride_kb + head_k.to(tl.int64) * stride_kh
+    v_base = v_ptr + at_k * stride_vb + head_k.to(tl.int64) * stride_vh
+    k_tile = tile(k_base, keys, stride_ks, cols, stride_kd)
+    v_tile = tile(v_base, keys, stride_vs, cols, stride_vd)
+    k = load_tile(k_tile, key_ok, col_ok, True, MASK_COLS)
+    v = load_tile(v_tile, key_ok, col_ok, True, MASK_COLS)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     head = (head_k * GROUP).to(tl.int64)
-    stats = (batch * n_heads + head) * T
-    q_base = q_ptr + batch * stride_qb + head * stride_qh
-    do_base = do_ptr + batch * stride_gb + head * stride_gh
-    q_tile = _tile(q_base, tl.arange(0, BLOCK_M), stride_qt, cols, stride_qd)
-    do_tile = _tile(do_base, tl.arange(0, BLOCK_M), stride_gt, cols, stride_gd)
+    q_base = q_ptr + at_q * stride_qb + head * stride_qh
+    do_base = do_ptr + at_q * stride_gb + head * stride_gh
+    q_tile = tile(q_base, tl.arange(0, BLOCK_M), stride_qt, cols, stride_qd)
+    do_tile = tile(do_base, tl.arange(0, BLOCK_M), stride_gt, cols, stride_gd)
     dk, dv = _dkv_loop(
         dk, dv, k, v, q_tile, do_tile, lse_ptr + stats, delta_ptr + stats,
-        stride_qh, stride_qt, stride_gh, stride_gt, lo, hi, col_ok, T,
+        stride_qh, stride_qt, stride_gh, stride_gt, stride_stats, lo, hi, col_ok, T,
         first, n_head, n_full * BLOCK_M, n_edge, score_in, score_log2,
         True, SOFTCAP, MASK_COLS, GROUP, BLOCK_M, PRECISION,
     )  # fmt: skip
     dk, dv = _dkv_loop(
         dk, dv, k, v, q_tile, do_tile, lse_ptr + stats, delta_ptr + stats,
-        stride_qh, stride_qt, stride_gh, stride_gt, lo, hi, col_ok, T,
+        stride_qh, stride_qt, stride_gh, stride_gt, stride_stats, lo, hi, col_ok, T,
         full, 0, 0, n_full, score_in, score_log2,
         False, SOFTCAP, MASK_COLS, GROUP, BLOCK_M, PRECISION,
     )  # fmt: skip
 
-    out_base = (batch * S * n_heads_k + head_k) * HEAD_DIM
+    out_base = (row * n_heads_k + head_k) * HEAD_DIM
     store_ok = key_ok[:, None] & col_ok[None, :]
-    dk_tile = _tile(dk_ptr + out_base, keys, n_heads_k * HEAD_DIM, cols, 1)
+    dk_tile = tile(dk_ptr + out_base, keys, n_heads_k * HEAD_DIM, cols, 1)
     tl.store(dk_tile, (dk * scale).to(dk_ptr.dtype.element_ty), mask=store_ok)
-    dv_tile = _tile(dv_ptr + out_base, keys, n_heads_k * HEAD_DIM, cols, 1)
+    dv_tile = tile(dv_ptr + out_base, keys, n_heads_k * HEAD_DIM, cols, 1)
     tl.store(dv_tile, dv.to(dv_ptr.dtype.element_ty), mask=store_ok)

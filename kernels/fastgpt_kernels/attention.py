@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt_kernels import _cpu_attention as cpu_attention
 from fastgpt_kernels import cpu
 from fastgpt_kernels._attention_kernels import bwd_dkv_kernel, bwd_dq_kernel, fwd_kernel
 from fastgpt_kernels._common import (
@@ -27,23 +28,29 @@ from fastgpt_kernels._common import (
 )
 
 
-def _constants(
-    D: int, group: int, *, causal: bool, windowed: bool, docs: bool, softcap: bool
-) -> dict[str, Any]:
+def constants(
+    D: int, group: int, *,
+    causal: bool, windowed: bool, softcap: bool, docs: bool = False, varlen: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """The constexprs the three kernels share; blocks and dot precision come from the table."""
     return {
         "GROUP": group, "HEAD_DIM": D, "BLOCK_D": max(next_power_of_2(D), 16),
-        "CAUSAL": causal, "WINDOWED": windowed, "DOCS": docs, "SOFTCAP": softcap,
+        "CAUSAL": causal, "WINDOWED": windowed, "SOFTCAP": softcap,
+        "DOCS": docs, "VARLEN": varlen,
     }  # fmt: skip
 
 
-def _score_factors(scale: float, softcap: float) -> tuple[float, float]:
+def score_factors(scale: float, softcap: float) -> tuple[float, float]:
     """What multiplies a dot product before the tanh, and after it on the way to base 2."""
     log2_e = math.log2(math.e)
     return (scale / softcap, softcap * log2_e) if softcap > 0.0 else (1.0, scale * log2_e)
 
 
-def _launch(kernel: Any, n_programs: int, *args: Any, **options: Any) -> None:
+_NOT_PACKED = None, None, None  # cu_seqlens of queries and of keys, tiles
+
+
+def launch(kernel: Any, n_programs: int, *args: Any, **options: Any) -> None:
+    """Run ``kernel`` on a one-dimensional grid; apart so that tests can see every launch."""
     kernel[(n_programs,)](*args, **options)
 
 
@@ -66,25 +73,29 @@ def _attention(
     if out.numel() == 0:
         return out, lse
     config = launch_config("attention_fwd", q.device, q.dtype, D)
-    constants = _constants(
-        D, H // HK, causal=causal, windowed=window > 0, docs=doc_start is not None,
-        softcap=softcap > 0.0,
+    shape = constants(
+        D, H // HK, causal=causal, windowed=window > 0, softcap=softcap > 0.0,
+        docs=doc_start is not None,
     )  # fmt: skip
     with device_guard(q):
-        _launch(
+        launch(
             fwd_kernel, cdiv(T, config["BLOCK_M"]) * B * H,
-            q, k, v, doc_start, out, lse, *q.stride(), *k.stride(), *v.stride(),
-            H, T, S, window, *_score_factors(scale, softcap), **constants, **config,
+            q, k, v, doc_start, *_NOT_PACKED, out, lse, *q.stride(), *k.stride(), *v.stride(),
+            H, T, S, window, 0, 0, *score_factors(scale, softcap), **shape, **config,
         )  # fmt: skip
     return out, lse
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
 def _attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    doc_start: Tensor | None, causal: bool, scale: float, window: int, softcap: float,
+    grad: Tensor, grad_lse: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, doc_start: Tensor | None,
+    causal: bool, scale: float, window: int, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv) from the gradient of out; out and lse must be what the forward returned."""
+    """(dq, dk, dv) from the gradients of out and of the natural log-sum-exp (None: no gradient).
+
+    out and lse must be what the forward returned.
+    """
     B, H, T, D = q.shape
     HK, S = k.shape[1:3]
     dq, dk, dv = _empty_like_bthd(q), _empty_like_bthd(k), _empty_like_bthd(v)
@@ -93,26 +104,26 @@ def _attention_backward(
     if doc_start is not None:  # per key, how many queries have their first key at or before it
         keys = torch.arange(S, dtype=torch.int32, device=q.device).expand(B, S).contiguous()
         doc_end = torch.searchsorted(doc_start, keys, right=True, out_int32=True)
-    constants = _constants(
-        D, H // HK, causal=causal, windowed=window > 0, docs=doc_start is not None,
-        softcap=softcap > 0.0,
+    shape = constants(
+        D, H // HK, causal=causal, windowed=window > 0, softcap=softcap > 0.0,
+        docs=doc_start is not None,
     )  # fmt: skip
     strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
-    scalars = (H, T, S, window, scale, *_score_factors(scale, softcap))
+    scalars = (H, T, S, window, 0, 0, scale, *score_factors(scale, softcap))
     with device_guard(q):
         if dq.numel():
             config = launch_config("attention_bwd_dq", q.device, q.dtype, D)
-            _launch(
+            launch(
                 bwd_dq_kernel, cdiv(T, config["BLOCK_M"]) * B * H,
-                q, k, v, doc_start, out, grad, lse, delta, dq,
-                *strides, *scalars, **constants, **config,
+                q, k, v, doc_start, *_NOT_PACKED, out, grad, grad_lse, lse, delta, dq,
+                *strides, *scalars, **shape, **config,
             )  # fmt: skip
         if dk.numel():
             config = launch_config("attention_bwd_dkv", q.device, q.dtype, D)
-            _launch(
+            launch(
                 bwd_dkv_kernel, cdiv(S, config["BLOCK_N"]) * B * HK,
-                q, k, v, doc_end, grad, lse, delta, dk, dv,
-                *strides, *scalars, **constants, **config,
+                q, k, v, doc_end, *_NOT_PACKED, grad, lse, delta, dk, dv,
+                *strides, *scalars, **shape, **config,
             )  # fmt: skip
     return dq, dk, dv
 
@@ -123,20 +134,32 @@ def _(q, k, v, doc_start, causal, scale, window, softcap):
 
 
 @_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, doc_start, causal, scale, window, softcap):
+def _(grad, grad_lse, q, k, v, out, lse, doc_start, causal, scale, window, softcap):
     return _empty_like_bthd(q), _empty_like_bthd(k), _empty_like_bthd(v)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, doc_start, *ctx.options = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, doc_start)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, doc_start)
 
 
-def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = _attention_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return *grads, None, None, None, None, None
+def output_gradients(
+    out: Tensor, grad: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What a backward gets of its two outputs, filled in, and that of lse changed to base e."""
+    if grad is None:
+        grad = torch.zeros_like(out)
+    if grad_lse is not None:
+        grad_lse = (grad_lse * math.log2(math.e)).contiguous()
+    return grad, grad_lse
+
+
+def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None and grad_lse is None:
+        return (None,) * 8
+    grads = output_gradients(ctx.saved_tensors[3], grad, grad_lse)
+    return *_attention_backward(*grads, *ctx.saved_tensors, *ctx.options), *[None] * 5
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
@@ -193,6 +216,60 @@ def attention(
     return out_BHTD
 
 
+def natural_lse(lse: Tensor) -> Tensor:
+    """The kernels' log-sum-exp (base 2, +inf where nothing is seen) in base e, -inf there."""
+    return torch.where(lse == math.inf, -math.inf, lse * math.log(2.0))
+
+
+def attention_with_lse(
+    q_BHTD: Tensor,
+    k_BHSD: Tensor,
+    v_BHSD: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    doc_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``attention``, and the log-sum-exp of each row of scores; differentiable in both.
+
+    Attention over a set of keys is put together from attention over parts of it: with
+    ``(o_1, l_1)`` and ``(o_2, l_2)``, ``l = logaddexp(l_1, l_2)`` and
+    ``o = exp(l_1 - l) o_1 + exp(l_2 - l) o_2``. The gradient of lse costs nothing: it is
+    subtracted from ``delta`` (see ``_attention_kernels.py``).
+
+    Args:
+        q_BHTD: as in ``attention``, like all the others.
+        k_BHSD: keys.
+        v_BHSD: values.
+        causal: see ``attention``.
+        scale: see ``attention``.
+        window: see ``attention``.
+        softcap: see ``attention``.
+        doc_start: see ``attention``.
+
+    Returns:
+        out (B, H, T, D) as from ``attention``, and lse (B, H, T) float32, base e: -inf where a
+        query sees no key. On a CPU all scores (B, H, T, S) are held at once.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit together.
+    """
+    _check(q_BHTD, k_BHSD, v_BHSD, scale, window, softcap, doc_start)
+    scale = q_BHTD.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not use_triton(q_BHTD):
+        return cpu_attention.attention_with_lse(
+            q_BHTD, k_BHSD, v_BHSD,
+            causal=causal, scale=scale, window=window, softcap=softcap, doc_start=doc_start,
+        )  # fmt: skip
+    out_BHTD, lse_BHT = _attention(
+        q_BHTD, k_BHSD, v_BHSD, None if doc_start is None else doc_start.contiguous(),
+        causal, scale, window or 0, float(softcap or 0.0),
+    )  # fmt: skip
+    return out_BHTD, natural_lse(lse_BHT)
+
+
 def _check(
     q: Tensor, k: Tensor, v: Tensor,
     scale: float | None, window: int | None, softcap: float | None, doc_start: Tensor | None,
@@ -208,18 +285,8 @@ def _check(
             f"attention: k {tuple(k.shape)} does not fit q {tuple(q.shape)}: B and D must be "
             "equal, and the heads of q a multiple of those of k"
         )
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not 1 <= D <= 256:
-        raise ValueError(
-            f"attention: {q.dtype} with head size {D}; supported are float32, float16 and bfloat16 "
-            "with head sizes 1 to 256"
-        )
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(
-            f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one"
-        )
-    for name, value in (("scale", scale), ("window", window), ("softcap", softcap)):
-        if value is not None and not value > 0:
-            raise ValueError(f"attention: {name} is {value}, it must be positive (or None)")
+    check_types("attention", q, k, v)
+    check_positive("attention", scale=scale, window=window, softcap=softcap)
     if doc_start is not None and (
         doc_start.shape != (B, T) or doc_start.dtype != torch.int32 or doc_start.device != q.device
     ):
@@ -227,6 +294,25 @@ def _check(
             f"attention: doc_start is {tuple(doc_start.shape)} {doc_start.dtype} on "
             f"{doc_start.device}; it must be {(B, T)} torch.int32 on {q.device}"
         )
+
+
+def check_types(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless the kernels take these dtypes and this head size."""
+    D = q.shape[-1]
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not 1 <= D <= 256:
+        raise ValueError(
+            f"{name}: {q.dtype} with head size {D}; supported are float32, float16 and bfloat16 "
+            "with head sizes 1 to 256"
+        )
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"{name}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
+
+
+def check_positive(name: str, **options: float | None) -> None:
+    """Raise ValueError for an option that is neither None nor positive."""
+    for option, value in options.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: {option} is {value}, it must be positive (or None)")
 
 
 def aot_cases() -> list[AotCase]:
@@ -247,16 +333,19 @@ def aot_cases() -> list[AotCase]:
         (64, 1, torch.float32, plain),
         (128, 1, torch.float32, plain),
     ]
-    kernels = {
-        "attention_fwd": fwd_kernel,
-        "attention_bwd_dq": bwd_dq_kernel,
-        "attention_bwd_dkv": bwd_dkv_kernel,
-    }
+    return [case for variant in variants for case in aot_kernels(*variant)]
+
+
+def aot_kernels(D: int, group: int, dtype: torch.dtype, mask: dict[str, bool]) -> list[AotCase]:
+    """The cases of the three kernels for one kind of problem."""
     return [
         case
-        for name, kernel in kernels.items()
-        for variant in variants
-        for case in _aot_variants(name, kernel, *variant)
+        for name, kernel in (
+            ("attention_fwd", fwd_kernel),
+            ("attention_bwd_dq", bwd_dq_kernel),
+            ("attention_bwd_dkv", bwd_dkv_kernel),
+        )
+        for case in _aot_variants(name, kernel, D, group, dtype, mask)
     ]
 
 
@@ -268,11 +357,17 @@ def _aot_variants(
     strides = tuple(arg for arg in arguments if arg.startswith("stride_"))
     types = dict.fromkeys(arguments, "i32")
     types.update({arg: f"*{element}" for arg in arguments if arg.endswith("_ptr")})
-    types.update(lse_ptr="*fp32", delta_ptr="*fp32", doc_ptr="*i32", doc_end_ptr="*i32")
+    types.update(dict.fromkeys(("lse_ptr", "delta_ptr", "dlse_ptr"), "*fp32"))
+    types.update(dict.fromkeys(("doc_ptr", "doc_end_ptr", *_PACKING), "*i32"))
     types.update(scale="fp32", score_in="fp32", score_log2="fp32")
-    constants = _constants(D, group, **mask) | {arg: 1 for arg in strides if arg.endswith("d")}
-    if not mask["docs"]:
-        constants |= {"doc_ptr": None, "doc_end_ptr": None}
+    fixed = constants(D, group, **mask) | {arg: 1 for arg in strides if arg.endswith("d")}
+    absent = ["dlse_ptr"]
+    absent += [] if mask.get("docs") else ["doc_ptr", "doc_end_ptr"]
+    absent += [] if mask.get("varlen") else _PACKING
+    fixed |= dict.fromkeys(absent)
     options = "+".join(switch for switch, on in mask.items() if on) or "full"
     label = f"{name}/d{D}-{element}-g{group}-{options}"
-    return aot_variants(label, name, kernel, dtype, D, types, constants, strides)
+    return aot_variants(label, name, kernel, dtype, D, types, fixed, strides)
+
+
+_PACKING = ["cu_q_ptr", "cu_k_ptr", "tiles_ptr"]

@@ -10,6 +10,8 @@ multiple of G), D head dim or hidden size, N rows (tokens), V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,21 +52,105 @@ def attention(
     Returns:
         BHTD tensor in the inputs' dtype.
     """
+    v_BHSD = v_BGSD.repeat_interleave(q_BHTD.shape[1] // v_BGSD.shape[1], dim=1)
+    scores_BHTS, visible = _attention_scores(
+        q_BHTD,
+        k_BGSD,
+        causal=causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        doc_start_BT=doc_start_BT,
+    )
+    # A row of -inf makes softmax NaN in both directions; such rows are cut out before and after.
+    empty = ~visible.any(dim=-1, keepdim=True)
+    weights_BHTS = torch.softmax(scores_BHTS.masked_fill(empty, 0.0), dim=-1)
+    return weights_BHTS.masked_fill(empty, 0.0) @ v_BHSD
+
+
+def _attention_scores(
+    q_BHTD: Tensor,
+    k_BGSD: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    doc_start_BT: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scores (B, H, T, S), -inf where not visible, and which are; see ``attention``."""
     T, S, D = q_BHTD.shape[2], k_BGSD.shape[2], q_BHTD.shape[3]
-    repeats = q_BHTD.shape[1] // k_BGSD.shape[1]
-    k_BHSD = k_BGSD.repeat_interleave(repeats, dim=1)
-    v_BHSD = v_BGSD.repeat_interleave(repeats, dim=1)
+    k_BHSD = k_BGSD.repeat_interleave(q_BHTD.shape[1] // k_BGSD.shape[1], dim=1)
     scores_BHTS = (q_BHTD @ k_BHSD.mT) * (D**-0.5 if scale is None else scale)
     if softcap is not None:
         scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
     visible = attention_mask(
         T, S, causal=causal, window=window, doc_start_BT=doc_start_BT, device=q_BHTD.device
     )
-    scores_BHTS = scores_BHTS.masked_fill(~visible, -torch.inf)
-    # A row of -inf makes softmax NaN in both directions; such rows are cut out before and after.
-    empty = ~visible.any(dim=-1, keepdim=True)
-    weights_BHTS = torch.softmax(scores_BHTS.masked_fill(empty, 0.0), dim=-1)
-    return weights_BHTS.masked_fill(empty, 0.0) @ v_BHSD
+    return scores_BHTS.masked_fill(~visible, -torch.inf), visible
+
+
+def attention_with_lse(
+    q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """``attention``, and the log-sum-exp (B, H, T) of the visible scores, -inf if there are none.
+
+    ``options`` are those of ``attention``.
+    """
+    scores_BHTS, visible = _attention_scores(q_BHTD, k_BGSD, **options)
+    empty = ~visible.any(dim=-1)
+    lse_BHT = scores_BHTS.masked_fill(empty.unsqueeze(-1), 0.0).logsumexp(dim=-1)
+    out_BHTD = attention(q_BHTD, k_BGSD, v_BGSD, **options)
+    return out_BHTD, lse_BHT.masked_fill(empty, -torch.inf)
+
+
+def attention_varlen(
+    q_THD: Tensor,
+    k_SGD: Tensor,
+    v_SGD: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """``attention`` of each sequence by itself; sequence i is rows cu_seqlens[i] to [i + 1].
+
+    Rows behind the last sequence give 0. ``options`` are those of ``attention``.
+    """
+    cu_q = cu_seqlens_q.tolist()
+    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    parts = [0.0 * q_THD[cu_q[-1] :]]
+    for (a, b), (c, d) in reversed(list(zip(pairwise(cu_q), pairwise(cu_k), strict=True))):
+        heads_first = (x.transpose(0, 1)[None] for x in (q_THD[a:b], k_SGD[c:d], v_SGD[c:d]))
+        parts.insert(0, attention(*heads_first, **options)[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def attention_decode(
+    q_BTHD: Tensor,
+    k_cache_BSGD: Tensor,
+    v_cache_BSGD: Tensor,
+    cache_seqlens_B: Tensor,
+    *,
+    cache_starts_B: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Causal ``attention`` of T new tokens over the first ``cache_seqlens`` entries of a cache.
+
+    The new tokens' own keys and values are the last T of these entries, and entries before
+    ``cache_starts`` are not seen. ``options`` are those of ``attention``.
+    """
+    starts = torch.zeros_like(cache_seqlens_B) if cache_starts_B is None else cache_starts_B
+    outputs = []
+    for row, (length, start) in enumerate(
+        zip(cache_seqlens_B.tolist(), starts.tolist(), strict=True)
+    ):
+        q, k, v = (
+            x[row].transpose(0, 1)[None]
+            for x in (q_BTHD, k_cache_BSGD[:, :length], v_cache_BSGD[:, :length])
+        )
+        doc_start = torch.full((1, q.shape[2]), start, dtype=torch.int32, device=q.device)
+        outputs.append(attention(q, k, v, doc_start_BT=doc_start, **options)[0].transpose(0, 1))
+    return torch.stack(outputs) if outputs else torch.zeros_like(q_BTHD)
 
 
 def attention_mask(
@@ -180,3 +266,43 @@ def linear_cross_entropy(
         z_loss=z_loss,
         softcap=softcap,
     )
+
+
+def linear_log_probs(
+    hidden: Tensor,
+    weight_VD: Tensor,
+    ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """``log softmax(x)[id]`` and ``-sum p log p`` with x the capped logits over ``temperature``."""
+    logits = torch.nn.functional.linear(hidden, weight_VD, bias)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logp = torch.log_softmax(logits / temperature, dim=-1)
+    kept = ids != ignore_index
+    picked = logp.gather(-1, torch.where(kept, ids, 0).long()[..., None])[..., 0]
+    entropy = -(logp.exp() * logp).nan_to_num().sum(-1)
+    return torch.where(kept, picked, 0.0), torch.where(kept, entropy, 0.0)
+
+
+def gae(
+    rewards_BT: Tensor,
+    values_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns by the recurrence, a step at a time; see ``fastgpt_kernels.gae``."""
+    advantages, returns = torch.zeros_like(values_BT), torch.zeros_like(values_BT)
+    for b in range(values_BT.shape[0]):
+        next_value = next_advantage = 0.0
+        for t in reversed(mask_BT[b].nonzero()[:, 0].tolist()):
+            delta = rewards_BT[b, t] + gamma * next_value - values_BT[b, t]
+            next_advantage = delta + gamma * gae_lambda * next_advantage
+            next_value = values_BT[b, t]
+            advantages[b, t], returns[b, t] = next_advantage, next_advantage + next_value
+    return advantages, returns

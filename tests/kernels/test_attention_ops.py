@@ -103,8 +103,7 @@ def test_operators_describe_their_results():
     out, lse = _attention(q, k, k, None, True, 0.3, 7, 0.0)
     assert (out.shape, out.dtype, lse.dtype) == (q.shape, q.dtype, torch.float32)
     assert out.transpose(1, 2).is_contiguous()
-    assert not lse.requires_grad
-    dq, dk, dv = _attention_backward(out, q, k, k, out, lse, None, True, 0.3, 7, 0.0)
+    dq, dk, dv = _attention_backward(out, lse, q, k, k, out, lse, None, True, 0.3, 7, 0.0)
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, k.shape)
     out.sum().backward()
     assert q.grad is not None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt_kernels import reference
-from fastgpt_kernels.attention import attention
+from fastgpt_kernels.attention import attention, attention_with_lse
 
 # The package exports the function under the module's name.
 module = importlib.import_module("fastgpt_kernels.attention")
@@ -317,7 +317,11 @@ def test_operators_pass_opcheck():
         torch.library.opcheck(module._attention, (q, k, v, *arguments))
         out, lse = module._attention(q, k, v, *arguments)
         saved = [x.detach() for x in (q.transpose(1, 2).contiguous().transpose(1, 2), q, k, v, out)]
-        torch.library.opcheck(module._attention_backward, (*saved, lse, *arguments))
+        for grad_lse in (None, torch.randn_like(lse)):
+            grads = saved[0], grad_lse
+            torch.library.opcheck(
+                module._attention_backward, (*grads, *saved[1:], lse.detach(), *arguments)
+            )
 
 
 def test_compiles_without_graph_break_or_recompile():
@@ -333,3 +337,51 @@ def test_compiles_without_graph_break_or_recompile():
             assert torch.equal(grad, torch.autograd.grad(expected.sum(), q)[0])
     finally:
         torch._dynamo.config.error_on_recompile = False
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_sum_exp_and_its_gradient(dtype):
+    """One number made of both outputs, so that both gradients meet in one backward."""
+    inputs = [torch.randn(1, h, 70, 32).to(dtype) for h in (2, 1, 1)]
+    weights = torch.randn(1, 2, 70)
+
+    def joined(function, **options):
+        def run(q, k, v):
+            out, lse = function(q, k, v, softcap=3.0, **options)
+            return torch.cat([out.float().flatten(), (lse.float() * weights).flatten()])
+
+        return run
+
+    harness.compare(
+        ours=joined(attention_with_lse),
+        native=joined(reference.attention_with_lse),
+        exact=lambda *qkv: joined(reference.attention_with_lse)(*qkv),
+        inputs=inputs,
+        output_floor=dtype,
+    )
+
+
+def test_log_sum_exp_alone_and_of_rows_without_keys():
+    q, k, v = (torch.randn(1, 2, n, 32, requires_grad=True) for n in (100, 60, 60))
+    out, lse = attention_with_lse(q, k, v)
+    expected = reference.attention_with_lse(*(x.detach().double() for x in (q, k, v)))[1]
+    assert lse.dtype == torch.float32
+    assert (lse[:, :, :40] == -torch.inf).all()
+    torch.testing.assert_close(lse, expected.float())
+    grads = torch.autograd.grad(lse[:, :, 40:].sum(), (q, k), retain_graph=True)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert (grads[0][:, :, :40] == 0).all()
+    both = torch.autograd.grad(out.sum() + lse[:, :, 40:].sum(), q, retain_graph=True)[0]
+    torch.testing.assert_close(both, grads[0] + torch.autograd.grad(out.sum(), q)[0])
+
+
+def test_parts_of_the_keys_put_together():
+    q, k, v = (torch.randn(1, 2, 40, 32) for _ in range(3))
+    parts = [
+        attention_with_lse(q, k[:, :, a:b], v[:, :, a:b], causal=False)
+        for a, b in ((0, 9), (9, 40))
+    ]
+    (o_1, l_1), (o_2, l_2) = parts
+    lse = torch.logaddexp(l_1, l_2)
+    out = (l_1 - lse).exp()[..., None] * o_1 + (l_2 - lse).exp()[..., None] * o_2
+    torch.testing.assert_close(out, attention(q, k, v, causal=False))
