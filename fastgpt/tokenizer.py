@@ -3,57 +3,45 @@
 Text is never searched for special tokens unless the caller allows it, so nothing a user writes can
 become one. Text with a lone surrogate (a str that has no UTF-8 form) raises ValueError with its
 position: replacing it silently would break ``decode(encode(text)) == text``.
+
+``python -m fastgpt.tokenizer`` trains, encodes, decodes, inspects and compares; the commands are in
+`fastgpt.tokenizer_commands`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import io
+import codecs
 import os
-from collections.abc import Iterable, Iterator, Sequence, Set
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Literal
 
 import numpy as np
 
-from fastgpt import tokenizer_json
+from fastgpt import tokenizer_bpe, tokenizer_files, tokenizer_sentencepiece
 from fastgpt.errors import DataError
+from fastgpt.tokenizer_bpe import BytePair
 from fastgpt.tokenizer_json import Vocabulary
+from fastgpt.tokenizer_sentencepiece import SentencePiece
+from fastgpt.tokenizer_text import map_threads, read_blocks, specials_regex, surrogate_error
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-Pattern = Literal["gpt2", "gpt4", "llama3"]
+Pattern = Literal["gpt2", "gpt4", "llama3", "o200k"] | str
 AllowedSpecial = Set[str] | Literal["all"]
+DisallowedSpecial = Collection[str] | Literal["all"]
+Ids = Sequence[int] | np.ndarray
 PathLike = str | os.PathLike[str]
+Progress = Callable[[int, int], None]
 
 END_OF_TEXT = "<|endoftext|>"
-_BATCH_CHARACTERS = 1 << 24  # texts handed to the counting threads at a time
-
-
-def _core() -> Any:
-    try:
-        from fastgpt import _bpe
-    except ImportError as error:
-        raise ImportError(
-            f"the C++ extension fastgpt._bpe is not built ({error}); "
-            "run `pip install -e .` in the source tree (needs a C++17 compiler)"
-        ) from error
-    return _bpe
-
-
-def _surrogate_error(error: UnicodeEncodeError, where: str = "the text") -> ValueError:
-    code = ord(error.object[error.start])
-    return ValueError(
-        f"lone surrogate U+{code:04X} at character {error.start} of {where}; "
-        'clean it with text.encode("utf-8", "replace").decode()'
-    )
+_NONE: frozenset[str] = frozenset()
 
 
 class Tokenizer:
     """One vocabulary. Immutable, picklable, safe to share between threads and across a fork.
+
+    ``num_threads=0`` is one per core everywhere. Long work releases the GIL; a free-threaded Python
+    gets it back when it loads the extension. The word cache is bounded (some MB a thread).
 
     Attributes:
         vocab_size: number of ids, special tokens included; ids are below it.
@@ -65,6 +53,19 @@ class Tokenizer:
     vocab_size: int
     special_tokens: dict[str, int]
 
+    def __init__(self, source: Vocabulary | bytes, file: str = "sentencepiece model") -> None:
+        """A vocabulary, or a serialised sentencepiece model (that came from ``file``)."""
+        if isinstance(source, bytes):
+            self._engine: BytePair | SentencePiece = SentencePiece(source, file)
+        else:
+            self._engine = BytePair(source)
+        self._encode = self._engine.encode
+        self._encode_to_numpy = self._engine.encode_to_numpy
+        self._decode = self._engine.decode_bytes
+        self.vocab_size = self._engine.vocab_size
+        self.special_tokens = self._engine.special_tokens
+        self._special_places = {text: i for i, text in enumerate(self.special_tokens)}
+
     @classmethod
     def train(
         cls,
@@ -73,96 +74,108 @@ class Tokenizer:
         *,
         pattern: Pattern = "gpt4",
         special_tokens: Sequence[str] = (END_OF_TEXT,),
+        reserved_special_tokens: int = 0,
+        min_frequency: int = 1,
+        max_token_length: int | None = None,
+        initial_alphabet: Iterable[str] = (),
         num_threads: int = 0,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Tokenizer:
         """Trains byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2).
 
         Ids are 256 bytes, then merges, then special tokens; ``vocab_size`` counts all of them. It
         comes out smaller if the texts have too few distinct pairs. Memory follows the number of
-        distinct words. The result does not depend on ``num_threads`` (0: one per core).
-        ``progress(done, total)`` is called now and then with numbers of merges.
+        distinct words. The result does not depend on ``num_threads``, and counts have 64 bits.
+
+        Args:
+            texts: read once, a part at a time; ``read_texts`` reads files.
+            vocab_size: at most so many ids.
+            pattern: how text is split into words that no merge crosses: gpt2, gpt4 (cl100k),
+                llama3, o200k, or a regular expression of the package ``regex``. Never take one from
+                somebody you do not trust: it can be made to run for years.
+            special_tokens: strings that get ids of their own, behind all others.
+            reserved_special_tokens: so many more, ``<|reserved_0|>`` and on, for later use.
+            min_frequency: pairs seen less often are not merged.
+            max_token_length: bytes; longer tokens are not made. (Hugging Face's trainer stops one
+                byte earlier at the same number.)
+            initial_alphabet: characters that get tokens before any merge is counted, and their
+                beginnings with them. All 256 bytes are tokens anyhow.
+            num_threads: that count words; 0 is one per core.
+            progress: called now and then with (merges done, merges wanted).
 
         Raises ValueError for a vocabulary without room for bytes and special tokens.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be an iterable of str, not one str; pass [text]")
-        core = _core()
-        wanted = vocab_size - 256 - len(special_tokens)
-        if wanted < 0 or vocab_size > tokenizer_json.MAX_ID:
-            raise ValueError(
-                f"vocab_size {vocab_size} is not between {256 + len(special_tokens)} (bytes and "
-                f"special tokens) and {tokenizer_json.MAX_ID}"
-            )
-        trainer = core.Trainer(pattern, num_threads)
-        for batch in _batches(texts):
-            try:
-                trainer.feed(batch)
-            except UnicodeEncodeError as error:
-                raise _surrogate_error(error, f"a text of {len(error.object)} characters") from None
-        tokens: list[bytes | None] = [b""] * 256
-        for byte, token_id in enumerate(core.byte_ids()):
-            tokens[token_id] = bytes([byte])
-        merges = []
-        for left, right in trainer.train(wanted, 1, progress):
-            merges.append((left, right, len(tokens)))
-            tokens.append(cast(bytes, tokens[left]) + cast(bytes, tokens[right]))
-        specials = {text: len(tokens) + i for i, text in enumerate(special_tokens)}
-        if len(specials) != len(special_tokens):
-            raise ValueError("special_tokens has a token twice")
-        return _BPETokenizer(Vocabulary(pattern, tuple(tokens), tuple(merges), specials))
+        reserved = [f"<|reserved_{i}|>" for i in range(reserved_special_tokens)]
+        vocabulary = tokenizer_bpe.train(
+            texts,
+            vocab_size,
+            pattern=pattern,
+            special_tokens=[*special_tokens, *reserved],
+            min_frequency=min_frequency,
+            max_token_length=max_token_length,
+            initial_alphabet=initial_alphabet,
+            num_threads=num_threads,
+            progress=progress,
+        )
+        return cls(vocabulary)
 
     @classmethod
-    def from_file(cls, path: PathLike) -> Tokenizer:
-        """Reads a ``tokenizer.json`` (byte-level BPE) or a sentencepiece ``*.model``.
+    def from_file(
+        cls,
+        path: PathLike,
+        *,
+        pattern: Pattern | None = None,
+        special_tokens: Mapping[str, int] | None = None,
+    ) -> Tokenizer:
+        """Reads a vocabulary; the format is seen from the content.
+
+        ``tokenizer.json`` (byte-level BPE), ``*.tiktoken``, ``vocab.json`` with ``merges.txt``
+        beside it, sentencepiece ``*.model``, or a directory with one of them. ``pattern`` and
+        ``special_tokens`` are for files that do not say them: ``.tiktoken`` (those of OpenAI are
+        known) and ``vocab.json`` (GPT-2's pattern; special is what no merge makes). A
+        tokenizer.json with a regular expression of its own is read only if ``pattern`` repeats it.
 
         Raises DataError, naming the file and the place, for a file that is damaged or whose ids
         could not be reproduced exactly.
         """
-        path = Path(path)
-        data = _read(path)
-        if path.suffix == ".model":
-            return _SentencePieceTokenizer(data, str(path))
-        document = tokenizer_json.parse(data, str(path))
-        if isinstance(document, dict) and document.get("type") == "sentencepiece":
-            name = document.get("model_file")
-            if not isinstance(name, str) or Path(name).name != name:
-                raise DataError(f"{path}: model_file: not the name of a file beside this one")
-            return _SentencePieceTokenizer(_read(path.with_name(name)), str(path.with_name(name)))
-        vocabulary = tokenizer_json.loads(document, str(path))
+        source, file = tokenizer_files.load(Path(path), pattern, special_tokens)
         try:
-            return _BPETokenizer(vocabulary)
+            return cls(source, str(file))
         except ValueError as error:
-            raise DataError(f"{path}: {error}") from None
+            raise DataError(f"{file}: {error}") from None
 
     @classmethod
     def from_tiktoken_ranks(
-        cls, ranks: dict[bytes, int], pattern: Pattern, special_tokens: dict[str, int]
+        cls, ranks: Mapping[bytes, int], pattern: Pattern, special_tokens: Mapping[str, int]
     ) -> Tokenizer:
         """A tokenizer with the ids of ``tiktoken.Encoding`` for the same ranks and pattern."""
-        tokens: list[bytes | None] = [None] * (max(ranks.values(), default=-1) + 1)
-        merges = []
-        whole_pieces = False
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-            tokens[rank] = token
-            if len(token) < 2:
-                continue
-            parts = _last_parts(token, ranks)
-            if len(parts) == 2:
-                merges.append((ranks[parts[0]], ranks[parts[1]], rank))
-            else:
-                # Merging never leads to this token; tiktoken gives it to whole pieces only.
-                whole_pieces = True
-        return _BPETokenizer(
-            Vocabulary(pattern, tuple(tokens), tuple(merges), dict(special_tokens), whole_pieces)
-        )
+        return cls(tokenizer_files.vocabulary_of_ranks(ranks, pattern, special_tokens))
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Tokens, merges and pattern; raises AttributeError for a sentencepiece model."""
+        if isinstance(self._engine, BytePair):
+            return self._engine.source
+        raise AttributeError("a sentencepiece model has no byte-level vocabulary")
 
     def save(self, path: PathLike) -> None:
-        """Writes a file that ``from_file`` (and for BPE ``tokenizers.Tokenizer.from_file``) reads.
+        """Writes a file that ``from_file`` reads, in the format that the name asks for.
 
-        A sentencepiece model goes beside ``path`` as ``*.model``.
+        ``*.tiktoken``; ``vocab.json`` or ``merges.txt`` (both are written); anything else is a
+        tokenizer.json, which ``tokenizers.Tokenizer.from_file`` reads as well. A sentencepiece
+        model goes beside ``path`` as ``*.model``. Raises ValueError for a vocabulary that the
+        format cannot express.
         """
-        raise NotImplementedError
+        path = Path(path)
+        if isinstance(self._engine, BytePair):
+            return tokenizer_files.save(self._engine.source, path)
+        model = path.with_suffix(".model")
+        tokenizer_files.write(model, self._engine.source)
+        if path.suffix != ".model":
+            pointer = f'{{"type": "sentencepiece", "model_file": "{model.name}"}}\n'
+            tokenizer_files.write(path, pointer.encode())
 
     def with_special_tokens(self, names: Iterable[str]) -> Tokenizer:
         """This tokenizer with those of ``names`` that it lacks as special tokens behind all ids.
@@ -173,45 +186,172 @@ class Tokenizer:
         missing = [name for name in dict.fromkeys(names) if name not in self.special_tokens]
         if "" in missing:
             raise ValueError("a special token needs a name")
-        return self._with_specials(missing) if missing else self
+        return Tokenizer(self._engine.with_specials(missing)) if missing else self
 
-    def _with_specials(self, names: list[str]) -> Tokenizer:
-        raise NotImplementedError
+    def encode(
+        self,
+        text: str,
+        *,
+        allowed_special: AllowedSpecial = _NONE,
+        disallowed_special: DisallowedSpecial = _NONE,
+    ) -> list[int]:
+        """Ids of the text; the strings of ``allowed_special`` in it become special tokens.
 
-    def encode(self, text: str, *, allowed_special: AllowedSpecial = frozenset()) -> list[int]:
-        """Ids of the text; the strings of ``allowed_special`` in it become special tokens."""
-        raise NotImplementedError
-
-    def encode_bytes(self, data: bytes) -> list[int]:
-        """Ids of any byte string; bytes that are not UTF-8 count as symbols."""
-        raise NotImplementedError
+        A string of ``disallowed_special`` in it is a ValueError; "all" are those not allowed.
+        """
+        try:
+            if allowed_special or disallowed_special:
+                return self._encode(text, self._policy(text, allowed_special, disallowed_special))
+            return self._encode(text, ())
+        except UnicodeEncodeError as error:
+            raise surrogate_error(error) from None
 
     def encode_to_numpy(
-        self, text: str, *, allowed_special: AllowedSpecial = frozenset()
+        self,
+        text: str,
+        *,
+        allowed_special: AllowedSpecial = _NONE,
+        disallowed_special: DisallowedSpecial = _NONE,
     ) -> np.ndarray:
         """As ``encode``, as an array (n,) of ``dtype``."""
-        return np.array(self.encode(text, allowed_special=allowed_special), dtype=self.dtype)
+        try:
+            if allowed_special or disallowed_special:
+                allowed = self._policy(text, allowed_special, disallowed_special)
+                return self._encode_to_numpy(text, allowed)
+            return self._encode_to_numpy(text, ())
+        except UnicodeEncodeError as error:
+            raise surrogate_error(error) from None
 
-    def encode_batch(self, texts: Sequence[str], *, num_threads: int = 0) -> list[np.ndarray]:
-        """Ids of each text as arrays of ``dtype``, without special tokens (0 threads: per core)."""
-        return [self.encode_to_numpy(text) for text in texts]
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids of any byte string; bytes that are not UTF-8 count as symbols.
 
-    def decode(self, ids: Sequence[int] | np.ndarray, errors: str = "replace") -> str:
+        sentencepiece and patterns without a scanner split characters: UnicodeDecodeError (a
+        ValueError) for anything else there.
+        """
+        if isinstance(self._engine, BytePair):
+            return self._engine.encode(data, ())
+        return self.encode(data.decode("utf-8"))
+
+    def encode_batch(
+        self,
+        texts: Sequence[str],
+        *,
+        num_threads: int = 0,
+        allowed_special: AllowedSpecial = _NONE,
+        disallowed_special: DisallowedSpecial = _NONE,
+    ) -> list[np.ndarray]:
+        """Ids of each text as arrays of ``dtype``."""
+        if allowed_special or disallowed_special:
+            encode = partial(
+                self.encode_to_numpy,
+                allowed_special=allowed_special,
+                disallowed_special=disallowed_special,
+            )
+            return map_threads(encode, texts, num_threads)
+        try:
+            return self._engine.encode_batch(texts, num_threads)
+        except UnicodeEncodeError as error:
+            which = next(i for i, text in enumerate(texts) if text is error.object)
+            raise surrogate_error(error, f"text {which}") from None
+
+    def encode_with_dropout(
+        self,
+        text: str,
+        p: float,
+        *,
+        seed: int,
+        allowed_special: AllowedSpecial = _NONE,
+    ) -> np.ndarray:
+        """Ids by BPE dropout (Provilkov et al. 2020, arXiv:1910.13267), to augment training data.
+
+        Each candidate of a merge is left out with probability ``p``; 0 gives the ids of ``encode``,
+        1 single bytes. The same seed gives the same ids everywhere. Array (n,) of ``dtype``.
+        """
+        try:
+            allowed = self._policy(text, allowed_special, _NONE) if allowed_special else ()
+            return self._engine.encode_with_dropout(text, allowed, p, seed % 2**64)
+        except UnicodeEncodeError as error:
+            raise surrogate_error(error) from None
+
+    def _policy(
+        self, text: str, allowed: AllowedSpecial, disallowed: DisallowedSpecial
+    ) -> list[int]:
+        # Checks the text and returns the places of the allowed special tokens.
+        allowed = self.special_tokens.keys() if allowed == "all" else allowed
+        if disallowed == "all":
+            disallowed = self.special_tokens.keys() - set(allowed)
+        if disallowed:
+            check_disallowed(text, disallowed)
+        try:
+            return sorted(self._special_places[name] for name in allowed)
+        except KeyError as error:
+            raise ValueError(
+                f"{error.args[0]!r} is not a special token of this vocabulary"
+            ) from None
+
+    def decode(self, ids: Ids, errors: str = "replace") -> str:
         """Text of the ids; ``errors`` as in ``bytes.decode`` for ids that cut a character."""
-        return self.decode_bytes(ids).decode("utf-8", errors)
+        return self._decode(ids).decode("utf-8", errors)
 
-    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+    def decode_bytes(self, ids: Ids) -> bytes:
         """Bytes of the ids; raises ValueError for one that is not in the vocabulary."""
-        raise NotImplementedError
+        return self._decode(ids)
+
+    def decode_batch(
+        self, batch: Sequence[Ids], *, errors: str = "replace", num_threads: int = 0
+    ) -> list[str]:
+        """Text of each sequence of ids."""
+        return map_threads(partial(self.decode, errors=errors), batch, num_threads)
+
+    def decode_with_offsets(self, ids: Ids) -> tuple[str, list[int]]:
+        """Text of the ids, and for each the character of the text that its first byte belongs to.
+
+        As tiktoken. Raises UnicodeDecodeError, a ValueError, for ids that cut a character.
+        """
+        data = self._decode(ids)
+        text = data.decode("utf-8")
+        begins = np.zeros(len(data) + 1, dtype=np.int64)
+        np.cumsum((np.frombuffer(data, dtype=np.uint8) & 0xC0) != 0x80, out=begins[1:])
+        # Of the characters that begin up to a byte, the last one holds it.
+        places = np.minimum(self.token_offsets(ids)[:-1] + 1, len(data))
+        return text, np.maximum(begins[places] - 1, 0).tolist()
+
+    def token_offsets(self, ids: Ids) -> np.ndarray:
+        """int64 (n + 1,): id i stands for bytes [i] to [i + 1] of ``decode_bytes(ids)``."""
+        lengths = [len(self.token_bytes(token_id)) for token_id in np.asarray(ids).tolist()]
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        surplus = int(offsets[-1]) - len(self._decode(ids))  # blanks that sentencepiece takes away
+        return np.maximum(offsets - surplus, 0) if surplus else offsets
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes of one token, of the name for a special one (b"" in a sentencepiece model).
+
+        Raises ValueError for an id without a token.
+        """
+        token = None
+        if 0 <= token_id < self.vocab_size:
+            token = self._engine.token_bytes[token_id]
+        if token is None:
+            raise ValueError(f"token id {token_id} is not in the vocabulary of {self.vocab_size}")
+        return token
 
     def bytes_per_id(self) -> np.ndarray:
         """int64 (vocab_size,): bytes of text each id stands for, 0 for special tokens."""
-        raise NotImplementedError
+        lengths = np.array(
+            [len(token or b"") for token in self._engine.token_bytes], dtype=np.int64
+        )
+        lengths[list(self.special_tokens.values())] = 0
+        return lengths
+
+    def stream_decoder(self, errors: str = "replace") -> StreamDecoder:
+        """A decoder for ids that come one after the other."""
+        return StreamDecoder(self, errors)
 
     @property
     def hash(self) -> str:
         """Identity of the vocabulary, see the class."""
-        raise NotImplementedError
+        return self._engine.hash
 
     @property
     def dtype(self) -> np.dtype:
@@ -234,6 +374,9 @@ class Tokenizer:
                 return self.special_tokens[name]
         return None
 
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Vocabulary | bytes]]:
+        return (Tokenizer, (self._engine.source,))
+
     def __copy__(self) -> Tokenizer:
         return self
 
@@ -244,202 +387,65 @@ class Tokenizer:
         return f"Tokenizer(vocab_size={self.vocab_size}, hash={self.hash[:12]})"
 
 
-class _BPETokenizer(Tokenizer):
-    """Byte-level BPE over the C++ core: every byte string has ids and comes back from them."""
+class StreamDecoder:
+    """Text of ids as they come; never half a character, and all of it in the end.
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self.vocabulary = vocabulary
-        self.special_tokens = dict(vocabulary.specials)
-        names = {tokenizer_json.token_name(token) for token in vocabulary.tokens if token}
-        for special in self.special_tokens:
-            if special in names:
-                raise ValueError(f"special token {special!r} has the name of an ordinary token")
-        try:
-            specials = [(text.encode(), token_id) for text, token_id in self.special_tokens.items()]
-        except UnicodeEncodeError as error:
-            raise _surrogate_error(error, "a special token") from None
-        self._encoder = _core().Encoder(
-            vocabulary.pattern,
-            vocabulary.tokens,
-            vocabulary.merges,
-            specials,
-            vocabulary.whole_pieces,
-        )
-        self._special_index = {text: i for i, text in enumerate(self.special_tokens)}
-        self.vocab_size = self._encoder.vocab_size
-
-    def _allowed(self, allowed: AllowedSpecial) -> list[int]:
-        if allowed == "all":
-            return list(self._special_index.values())
-        try:
-            return sorted(self._special_index[text] for text in allowed)
-        except KeyError as error:
-            raise ValueError(
-                f"{error.args[0]!r} is not a special token of this vocabulary"
-            ) from None
-
-    def save(self, path: PathLike) -> None:
-        _write(Path(path), tokenizer_json.dumps(self.vocabulary).encode())
-
-    def encode(self, text: str, *, allowed_special: AllowedSpecial = frozenset()) -> list[int]:
-        try:
-            return self._encoder.encode(
-                text, self._allowed(allowed_special) if allowed_special else ()
-            )
-        except UnicodeEncodeError as error:
-            raise _surrogate_error(error) from None
-
-    def _with_specials(self, names: list[str]) -> Tokenizer:
-        added = {name: self.vocab_size + i for i, name in enumerate(names)}
-        specials = self.vocabulary.specials | added
-        return _BPETokenizer(dataclasses.replace(self.vocabulary, specials=specials))
-
-    def encode_bytes(self, data: bytes) -> list[int]:
-        return self._encoder.encode(data, ())
-
-    def encode_to_numpy(
-        self, text: str, *, allowed_special: AllowedSpecial = frozenset()
-    ) -> np.ndarray:
-        allowed = self._allowed(allowed_special) if allowed_special else ()
-        try:
-            return self._encoder.encode_to_numpy(text, allowed)
-        except UnicodeEncodeError as error:
-            raise _surrogate_error(error) from None
-
-    def encode_batch(self, texts: Sequence[str], *, num_threads: int = 0) -> list[np.ndarray]:
-        try:
-            return self._encoder.encode_batch(texts, num_threads)
-        except UnicodeEncodeError as error:
-            which = next(i for i, text in enumerate(texts) if text is error.object)
-            raise _surrogate_error(error, f"text {which}") from None
-
-    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        return self._encoder.decode(ids)
-
-    def bytes_per_id(self) -> np.ndarray:
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        tokens = self.vocabulary.tokens
-        lengths[: len(tokens)] = [len(token or b"") for token in tokens]
-        return lengths
-
-    @cached_property
-    def _hash(self) -> str:
-        vocabulary = self.vocabulary
-        digest = hashlib.sha256(f"bpe {vocabulary.pattern} {vocabulary.whole_pieces}\n".encode())
-        for token in vocabulary.tokens:
-            digest.update(b"-" if token is None else b"%d:%b" % (len(token), token))
-        digest.update(np.array(vocabulary.merges, dtype="<u4").tobytes())
-        for text, token_id in sorted(vocabulary.specials.items(), key=lambda item: item[1]):
-            digest.update(f"{token_id}:{len(text)}:{text}".encode())
-        return digest.hexdigest()
-
-    @property
-    def hash(self) -> str:
-        return self._hash
-
-    def __reduce__(self) -> tuple[type[_BPETokenizer], tuple[Vocabulary]]:
-        return (_BPETokenizer, (self.vocabulary,))
-
-
-class _SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model behind the same interface; the ids are the library's.
-
-    As there, a text gets one space in front (``add_dummy_prefix``) which decoding takes away. Text
-    between special tokens is encoded piece by piece.
+    ``"".join`` of what ``push`` and ``finish`` return is ``tokenizer.decode`` of all ids.
     """
 
-    def __init__(self, model: bytes, file: str = "sentencepiece model") -> None:
-        import sentencepiece
+    def __init__(self, tokenizer: Tokenizer, errors: str = "replace") -> None:
+        self._tokenizer = tokenizer
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors)
+        # sentencepiece takes blanks from the front of a text; where the front ends, a decoder that
+        # sees the ids so far knows.
+        self._front: list[int] | None = []
 
-        self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(model)
-        except (RuntimeError, OSError) as error:
-            raise DataError(f"{file}: not a sentencepiece model ({_one_line(error)})") from None
-        processor = self._processor
-        self.vocab_size = processor.GetPieceSize()
-        ids = range(self.vocab_size)
-        self.special_tokens = {processor.IdToPiece(i): i for i in ids if processor.IsControl(i)}
-        self._bytes = [self._piece_bytes(i) for i in ids]
+    def push(self, *ids: int) -> str:
+        """The text that is whole with these ids; raises ValueError for one without a token."""
+        if self._front is not None:
+            self._front += ids
+            data = self._tokenizer.decode_bytes(self._front)
+            self._front = None if data else self._front
+        else:
+            data = b"".join(map(self._tokenizer.token_bytes, ids))
+        return self._characters.decode(data)
 
-    def _piece_bytes(self, token_id: int) -> bytes:
-        processor = self._processor
-        if processor.IsControl(token_id):
-            return b""
-        piece = processor.IdToPiece(token_id)
-        if processor.IsByte(token_id):
-            return bytes([int(piece[3:5], 16)])
-        if processor.IsUnknown(token_id):
-            return processor.DecodeIds([token_id]).encode()
-        return piece.replace("▁", " ").encode()
+    def finish(self) -> str:
+        """What is left: the replacement of a character that was never completed, or nothing."""
+        return self._characters.decode(b"", True)
 
-    def save(self, path: PathLike) -> None:
-        path = Path(path)
-        model = path.with_suffix(".model")
-        _write(model, self._model)
-        if path.suffix != ".model":
-            pointer = f'{{"type": "sentencepiece", "model_file": "{model.name}"}}\n'
-            _write(path, pointer.encode())
 
-    def encode(self, text: str, *, allowed_special: AllowedSpecial = frozenset()) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise _surrogate_error(error) from None
-        ids: list[int] = []
-        for part, special in self._split(text, allowed_special):
-            ids += self._processor.EncodeAsIds(part)
-            if special is not None:
-                ids.append(special)
-        return ids
+def check_disallowed(text: str, disallowed: Collection[str]) -> None:
+    """Raise ValueError if ``text`` holds one of the strings."""
+    if isinstance(disallowed, str):
+        raise TypeError('disallowed_special must be a collection of strings or "all"')
+    found = specials_regex(disallowed).search(text)
+    if found is not None:
+        name = found.group()
+        raise ValueError(
+            f"Encountered text corresponding to disallowed special token {name!r} at character "
+            f"{found.start()}; name it in allowed_special to make it that token, or leave it out "
+            "of disallowed_special (which may be empty) to encode it as ordinary text"
+        )
 
-    def _split(self, text: str, allowed: AllowedSpecial) -> Iterator[tuple[str, int | None]]:
-        # Ordinary text and the special token behind it, None at the end.
-        import re
 
-        names = self.special_tokens if allowed == "all" else cast(Set[str], allowed)
-        for name in names:
-            if name not in self.special_tokens:
-                raise ValueError(f"{name!r} is not a special token of this vocabulary")
-        begin = 0
-        if names:
-            longest_first = sorted(names, key=len, reverse=True)
-            for found in re.finditer("|".join(map(re.escape, longest_first)), text):
-                yield text[begin : found.start()], self.special_tokens[found.group()]
-                begin = found.end()
-        yield text[begin:], None
+def read_texts(paths: Iterable[PathLike], progress: Progress | None = None) -> Iterator[str]:
+    """The texts of UTF-8 files for ``Tokenizer.train``, a block of some MB at a time.
 
-    def _with_specials(self, names: list[str]) -> Tokenizer:
-        for name in names:
-            if self._processor.IdToPiece(self._processor.PieceToId(name)) == name:
-                raise ValueError(f"special token {name!r} has the name of an ordinary token")
-        return _SentencePieceTokenizer(self._model + b"".join(map(_control_piece, names)))
-
-    def encode_bytes(self, data: bytes) -> list[int]:
-        # sentencepiece encodes characters: UnicodeDecodeError, a ValueError, for anything else.
-        return self.encode(data.decode("utf-8"))
-
-    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        pieces = []
-        for position, token_id in enumerate(np.asarray(ids).tolist()):
-            if not 0 <= token_id < self.vocab_size:
-                raise ValueError(
-                    f"token id {token_id} at position {position} is not in the vocabulary of "
-                    f"{self.vocab_size}"
-                )
-            pieces.append(self._bytes[token_id])
-        return b"".join(pieces).removeprefix(b" ")
-
-    def bytes_per_id(self) -> np.ndarray:
-        return np.array([len(piece) for piece in self._bytes], dtype=np.int64)
-
-    @property
-    def hash(self) -> str:
-        return hashlib.sha256(b"sentencepiece\n" + self._model).hexdigest()
-
-    def __reduce__(self) -> tuple[type[_SentencePieceTokenizer], tuple[bytes]]:
-        return (_SentencePieceTokenizer, (self._model,))
+    ``progress(done, total)`` counts bytes. Raises DataError naming the file and the byte.
+    """
+    files = [Path(path) for path in paths]
+    try:
+        sizes = [file.stat().st_size for file in files]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot read the text ({error.strerror})") from None
+    before = 0
+    for file, size in zip(files, sizes, strict=True):
+        for text, done in read_blocks(file):
+            yield text
+            if progress is not None:
+                progress(before + done, sum(sizes))
+        before += size
 
 
 def train_sentencepiece(
@@ -451,89 +457,15 @@ def train_sentencepiece(
     ``vocab_size=32000``). The library holds all the text in memory. Raises ValueError where it
     refuses, for instance if the text is too small for the vocabulary.
     """
-    import sentencepiece
-
     if isinstance(texts, str):
         raise TypeError("texts must be an iterable of str, not one str; pass [text]")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=(line for text in texts for line in text.splitlines() if line),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            character_coverage=0.99995,
-            max_sentence_length=1 << 16,
-            num_threads=num_threads or os.cpu_count() or 1,
-            minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"sentencepiece cannot train: {_one_line(error)}") from None
-    _write(Path(path), model.getvalue())
-    return _SentencePieceTokenizer(model.getvalue(), str(path))
+    model = tokenizer_sentencepiece.train(texts, vocab_size, num_threads)
+    tokenizer_files.write(Path(path), model)
+    return Tokenizer(model, str(path))
 
 
-def _control_piece(name: str) -> bytes:
-    """One more control piece for the end of a serialised sentencepiece model.
+if __name__ == "__main__":
+    # The commands know the reading of data and this module; this module knows neither.
+    import runpy
 
-    Protocol buffers: field 1 of the model, a message with the name as field 1 and type 3 (CONTROL)
-    as field 3. Two messages behind each other are one, their repeated fields joined.
-    """
-    data = name.encode()
-    if len(data) > 120:
-        raise ValueError(f"special token {name!r} is longer than 120 bytes")
-    piece = bytes([0x0A, len(data)]) + data + bytes([0x18, 3])
-    return bytes([0x0A, len(piece)]) + piece
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _last_parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    # What the token's own bytes merge to before the last step. As merges inside a token do not
-    # depend on what surrounds it, these are the only two parts it is ever made of; if more than
-    # two are left, merging never leads to it.
-    parts = [token[i : i + 1] for i in range(len(token))]
-    never = tokenizer_json.MAX_ID + 1
-    while len(parts) > 2:
-        rank, i = min((ranks.get(parts[i] + parts[i + 1], never), i) for i in range(len(parts) - 1))
-        if rank == never:
-            break
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the tokenizer ({error.strerror})") from None
-
-
-def _write(path: Path, data: bytes) -> None:
-    # Whole or not at all.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    runpy.run_module("fastgpt.tokenizer_commands", run_name="__main__")

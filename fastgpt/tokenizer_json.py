@@ -1,5 +1,7 @@
 """Reads and writes byte-level BPE vocabularies in the ``tokenizer.json`` format of Hugging Face.
 
+GPT-2's older ``vocab.json`` and ``merges.txt`` hold two parts of the same and are read here, too.
+
 Only what :mod:`fastgpt.tokenizer` can reproduce id for id is accepted; anything else in a file
 (a normaliser, an unknown split pattern ...) is an error rather than slightly different ids.
 """
@@ -20,17 +22,30 @@ MAX_ID = 2**20 - 2  # what one slot of the merge table holds
 _GPT4_BODY = (
     r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CONTRACTION = "'(?:[sS\u017fdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|"  # U+017F folds to s
+_CONTRACTION = "'(?:[sS\u017fdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])"  # U+017F folds to s
+_O200K_WORD = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]%s[\p{Ll}\p{Lm}\p{Lo}\p{M}]%s(?:%s)?|"
+)
+_O200K_REST = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _o200k(contraction: str) -> str:
+    words = (_O200K_WORD % (*counts, contraction) for counts in ("*+", "+*"))
+    return "".join(words) + _O200K_REST
+
+
 SPLIT_REGEX = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "gpt4": _CONTRACTION + _GPT4_BODY.replace(r"\s*[\r\n]+", r"\s++\z|\s*[\r\n]+"),
-    "llama3": _CONTRACTION + _GPT4_BODY,
+    "gpt4": _CONTRACTION + "|" + _GPT4_BODY.replace(r"\s*[\r\n]+", r"\s++\z|\s*[\r\n]+"),
+    "llama3": _CONTRACTION + "|" + _GPT4_BODY,
+    "o200k": _o200k(_CONTRACTION),
 }
 # Other spellings of the same splits.
 _KNOWN_REGEX = {regex: name for name, regex in SPLIT_REGEX.items()} | {
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt2",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + _GPT4_BODY: "llama3",
+    _o200k("").replace("(?:)?", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"): "o200k",
 }
 
 
@@ -40,7 +55,8 @@ class Vocabulary:
 
     tokens[i] are the bytes of id i, None where no ordinary token has the id. A merge (left, right,
     id) has its place in the tuple as rank. whole_pieces: a piece that is a token as it stands
-    becomes that token, whatever the merges say.
+    becomes that token, whatever the merges say. pattern: a key of ``SPLIT_REGEX`` or any other
+    regular expression for the package ``regex``.
     """
 
     pattern: str
@@ -86,7 +102,7 @@ def dumps(vocabulary: Vocabulary) -> str:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     split = {
         "type": "Split",
-        "pattern": {"Regex": SPLIT_REGEX[vocabulary.pattern]},
+        "pattern": {"Regex": SPLIT_REGEX.get(vocabulary.pattern, vocabulary.pattern)},
         "behavior": "Isolated",
         "invert": False,
     }
@@ -120,9 +136,10 @@ def dumps(vocabulary: Vocabulary) -> str:
 
 class _Reader:
     # Walks the parsed document; every complaint names the file and the place in it.
-    def __init__(self, document: Any, file: str) -> None:
+    def __init__(self, document: Any, file: str, known: str | None = None) -> None:
         self.document = document
         self.file = file
+        self.known = known  # a regular expression that the caller vouches for
 
     def fail(self, place: str, problem: str) -> DataError:
         return DataError(f"{self.file}: {place}: {problem}")
@@ -149,15 +166,20 @@ class _Reader:
         if kinds == ["Split", "ByteLevel"] and steps[1].get("use_regex") is False:
             split = steps[0].get("pattern")
             regex = split.get("Regex") if isinstance(split, dict) else None
+            regex = regex if isinstance(regex, str) else None
             if steps[0].get("behavior") != "Isolated" or steps[0].get("invert"):
                 regex = None
         elif kinds == ["ByteLevel"] and steps[0].get("use_regex", True) is True:
             regex = SPLIT_REGEX["gpt2"]
-        if not isinstance(regex, str) or regex not in _KNOWN_REGEX:
-            raise self.fail(place, "not the byte-level split of GPT-2, GPT-4 or LLaMA-3")
+        if regex is None or (regex not in _KNOWN_REGEX and regex != self.known):
+            raise self.fail(
+                place,
+                "not the byte-level split of GPT-2, GPT-4, GPT-4o or LLaMA-3; "
+                "for a split by another regular expression pass it as pattern",
+            )
         if steps[-1].get("add_prefix_space"):
             raise self.fail(place, "add_prefix_space is not supported")
-        return _KNOWN_REGEX[regex]
+        return _KNOWN_REGEX.get(regex, regex)
 
     def specials(self, nodes: Any) -> dict[str, int]:
         specials: dict[str, int] = {}
@@ -171,12 +193,14 @@ class _Reader:
             specials[content] = self.token_id(node.get("id"), place)
         return specials
 
-    def tokens(self, vocab: Any, specials: dict[str, int]) -> dict[str, int]:
+    def tokens(
+        self, vocab: Any, specials: dict[str, int], where: str = "model.vocab"
+    ) -> dict[str, int]:
         # Name -> id of the ordinary tokens.
         ids: dict[str, int] = {}
         taken = {number: content for content, number in specials.items()}
-        for name, value in self.typed(vocab, dict, "model.vocab").items():
-            place = f"model.vocab[{name!r}]"
+        for name, value in self.typed(vocab, dict, where).items():
+            place = f"{where}[{name!r}]"
             number = self.token_id(value, place)
             if name in specials:
                 if specials[name] != number:
@@ -190,11 +214,13 @@ class _Reader:
             ids[name] = number
         return ids
 
-    def merges(self, nodes: Any, ids: dict[str, int]) -> list[tuple[int, int, int]]:
+    def merges(
+        self, nodes: Any, ids: dict[str, int], where: str = "model.merges[{}]", first: int = 0
+    ) -> list[tuple[int, int, int]]:
         merges = []
-        for i, node in enumerate(self.typed(nodes, list, "model.merges")):
+        for i, node in enumerate(self.typed(nodes, list, "model.merges"), first):
             parts = node.split(" ") if isinstance(node, str) else node
-            place = f"model.merges[{i}]"
+            place = where.format(i)
             if (
                 not isinstance(parts, list)
                 or len(parts) != 2
@@ -204,7 +230,7 @@ class _Reader:
             left, right = parts
             for name in (left, right, left + right):
                 if name not in ids:
-                    raise self.fail(place, f"token {name!r} is not in model.vocab")
+                    raise self.fail(place, f"token {name!r} is not in the vocabulary")
             merges.append((ids[left], ids[right], ids[left + right]))
         return merges
 
@@ -222,11 +248,32 @@ class _Reader:
         specials = self.specials(document.get("added_tokens", []))
         ids = self.tokens(model.get("vocab"), specials)
         merges = self.merges(model.get("merges"), ids)
-        tokens: list[bytes | None] = [None] * (max(ids.values(), default=-1) + 1)
-        for name, number in ids.items():
-            tokens[number] = bytes([_BYTE[letter] for letter in name])
         whole = bool(model.get("ignore_merges"))
-        return Vocabulary(pattern, tuple(tokens), tuple(merges), specials, whole)
+        return Vocabulary(pattern, _by_id(ids), tuple(merges), specials, whole)
+
+    def read_gpt2(
+        self, lines: list[str], merges_file: str, pattern: str, specials: dict[str, int] | None
+    ) -> Vocabulary:
+        vocab = self.typed(self.document, dict, "document")
+        if specials is None:
+            # What is no byte and what no merge makes cannot come out of text.
+            made = {line.replace(" ", "") for line in lines} | _BYTE.keys()
+            specials = {
+                name: self.token_id(number, f"token {name!r}")
+                for name, number in vocab.items()
+                if name not in made
+            }
+        ids = self.tokens(vocab, specials, "token")
+        # The first line of the file says its version.
+        merges = _Reader(None, merges_file).merges(lines, ids, "line {}", 2)
+        return Vocabulary(pattern, _by_id(ids), tuple(merges), specials)
+
+
+def _by_id(ids: dict[str, int]) -> tuple[bytes | None, ...]:
+    tokens: list[bytes | None] = [None] * (max(ids.values(), default=-1) + 1)
+    for name, number in ids.items():
+        tokens[number] = bytes([_BYTE[letter] for letter in name])
+    return tuple(tokens)
 
 
 def parse(data: bytes, file: str) -> Any:
@@ -242,6 +289,25 @@ def parse(data: bytes, file: str) -> Any:
         raise DataError(f"{file}: not a sensible JSON document ({error})") from None
 
 
-def loads(document: Any, file: str) -> Vocabulary:
-    """The vocabulary in a parsed tokenizer.json; raises DataError naming the file and the place."""
-    return _Reader(document, file).read()
+def loads(document: Any, file: str, pattern: str | None = None) -> Vocabulary:
+    """The vocabulary in a parsed tokenizer.json; raises DataError naming the file and the place.
+
+    pattern: a regular expression to accept besides the known ones. Nothing that a file says is
+    run as one unless the caller knows it.
+    """
+    return _Reader(document, file, pattern).read()
+
+
+def loads_gpt2(
+    vocab: Any,
+    vocab_file: str,
+    merges: list[str],
+    merges_file: str,
+    pattern: str,
+    specials: dict[str, int] | None,
+) -> Vocabulary:
+    """The vocabulary in a parsed vocab.json and the lines of merges.txt below the first.
+
+    specials: by name; None takes the names that are no byte and that no merge makes.
+    """
+    return _Reader(vocab, vocab_file).read_gpt2(merges, merges_file, pattern, specials)

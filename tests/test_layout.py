@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 ARROWS = """
     errors      errors                                  <-
     config      config presets cli                      <- errors
-    tokenizer   _bpe tokenizer_json tokenizer chat      <- errors
+    tokenizer   _bpe tokenizer_text tokenizer_json tokenizer_bpe tokenizer_sentencepiece tokenizer_files tokenizer chat <- errors
     data        order documents shards corpus data examples packing rankings <- errors
     output      progress rundir chart page report       <- errors config
     machine     memory hardware distributed             <- errors
@@ -95,7 +95,7 @@ def test_no_module_imports_itself_through_others():
 
 
 def test_only_the_tokenizer_uses_the_extension():
-    assert [path.stem for path in TRAINER if "_bpe" in siblings(path)] == ["tokenizer"]
+    assert [path.stem for path in TRAINER if "_bpe" in siblings(path)] == ["tokenizer_bpe"]
     python = [path.name for path in CORE if re.search(r"pybind11|Python\.h", path.read_text())]
     assert python == ["bindings.cpp"]
 

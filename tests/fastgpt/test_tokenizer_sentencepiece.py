@@ -28,9 +28,7 @@ def test_it_is_llama_style(model):
     assert tokenizer.vocab_size == library.GetPieceSize() == 1000
     assert tokenizer.special_tokens == {"<s>": 1, "</s>": 2}
     assert (tokenizer.bos_id, tokenizer.eot_id) == (1, 2)
-    assert [tokenizer.decode_bytes([i]) for i in range(3, 259)] == [
-        b"" if i == 0x20 else bytes([i]) for i in range(256)
-    ]  # a leading space is the dummy prefix
+    assert [tokenizer.decode_bytes([i]) for i in range(3, 259)] == [bytes([i]) for i in range(256)]
     pieces = [library.IdToPiece(i) for i in range(259, 1000)]
     assert any(len(piece) > 5 for piece in pieces)
     assert not any(char.isdigit() for piece in pieces for char in piece if len(piece) > 1)
