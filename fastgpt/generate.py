@@ -14,7 +14,7 @@ from fastgpt.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from fastgpt.model import GPT, KVCache
+    from fastgpt.model import GPT
     from fastgpt.tokenizer import Tokenizer
 
 
@@ -97,59 +97,50 @@ def stream(
     """
     import torch
 
-    from fastgpt.model import KVCache
+    from fastgpt.decoder import Decoder
 
     sampling.check()
-    room = model.config.context - max(map(len, prompts), default=0)
-    if not prompts or min(map(len, prompts)) == 0:
-        raise UsageError("nothing to continue: the prompt is empty")
-    if room < 1:
-        longest = max(map(len, prompts))
-        raise UsageError(
-            f"the prompt has {longest} tokens, the model's context is {model.config.context}; "
-            "shorten the prompt"
-        )
-    device = model.wte.weight.device
-    length = max(map(len, prompts))
-    pads = torch.tensor([length - len(p) for p in prompts], device=device)
-    padded = [[0] * (length - len(p)) + list(p) for p in prompts]
-    tokens_BT = torch.tensor(padded, dtype=torch.int64, device=device)
-    n_new = min(sampling.max_new_tokens, room)
+    longest = max(map(len, prompts), default=0)
+    n_new = min(sampling.max_new_tokens, model.config.context - longest)
+    decoder = Decoder(model)
+    logits_BV = decoder.start(prompts, n_new)
     generators = [
         torch.Generator().manual_seed(sampling.seed + 7919 * i) for i in range(len(prompts))
     ]
+    uniforms_BN = torch.stack(
+        [torch.rand(n_new, generator=g, dtype=torch.float64) for g in generators]
+    ).to(logits_BV.device)
     done = [False] * len(prompts)
-    cache = KVCache(model, len(prompts), length + n_new, pads)
-    for _ in range(n_new):
-        tokens_BT = sample(_next_logits(model, tokens_BT, cache), sampling, generators)[:, None]
-        ids = tokens_BT[:, 0].tolist()
+    for i in range(n_new):
+        tokens_B = sample(logits_BV, sampling, uniforms_BN[:, i])
+        ids = tokens_B.tolist()
         done = [d or token in stop_ids for d, token in zip(done, ids, strict=True)]
         if all(done):
             return
         yield [None if d else token for d, token in zip(done, ids, strict=True)]
-
-
-def _next_logits(model: GPT, tokens_BT: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Logits (B, V) behind ``tokens_BT``, which join the cache."""
-    import torch
-
-    # Not around the loop of `stream`, whose caller would run under them between two tokens.
-    eager = torch.compiler.set_stance("force_eager")  # every length would be compiled anew
-    with torch.no_grad(), eager:
-        return model.logits(model(tokens_BT, cache=cache)[:, -1])
+        if i + 1 < n_new:
+            logits_BV = decoder.step(tokens_B)
 
 
 def sample(
-    logits_BV: torch.Tensor,
-    sampling: SamplingConfig,
-    generators: Sequence[torch.Generator],
+    logits_BV: torch.Tensor, sampling: SamplingConfig, uniforms_B: torch.Tensor
 ) -> torch.Tensor:
-    """Choose an id for each row: int64 (B,), on the device of ``logits_BV`` (float32)."""
+    """Choose an id for each row: where its cumulative distribution passes the row's uniform number.
+
+    Args:
+        logits_BV: float32.
+        sampling: temperature, top_k, top_p.
+        uniforms_B: float64 in [0, 1), one a row; one draw of a generator costs less than one for
+            each id of the vocabulary.
+
+    Returns:
+        int64 (B,).
+    """
     import torch
 
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = (logits_BV / sampling.temperature).cpu()
+    logits_BV = logits_BV / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         least = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least, float("-inf"))
@@ -158,11 +149,12 @@ def sample(
         descending, order = probs_BV.sort(dim=-1, descending=True, stable=True)
         before = descending.cumsum(-1) - descending
         descending = descending.masked_fill(before >= sampling.top_p, 0.0)
-        probs_BV = torch.zeros_like(probs_BV).scatter(-1, order, descending)
-    rows = [
-        torch.multinomial(row, 1, generator=g) for row, g in zip(probs_BV, generators, strict=True)
-    ]
-    return torch.cat(rows)
+        probs_BV = probs_BV.new_zeros(probs_BV.shape).scatter(-1, order, descending)
+    # float64, so that the number times the total stays below the total: an id of probability 0
+    # is never reached.
+    cumulative_BV = probs_BV.double().cumsum(-1)
+    places_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
+    return torch.searchsorted(cumulative_BV, places_B1, right=True)[:, 0]
 
 
 def complete(

@@ -136,7 +136,7 @@ class MLP(nn.Module):
             h = F.silu(self.gate(x)) * h
         elif self.kind == "relu_squared":
             h = F.relu(h).square()
-        elif self.kind == "gelu_tanh" and not h.is_cuda:
+        elif self.kind == "gelu_tanh" and not h.is_cuda and torch.is_grad_enabled():
             h = cpu.gelu_tanh(h)
         else:
             h = F.gelu(h, approximate="tanh" if self.kind == "gelu_tanh" else "none")
@@ -231,7 +231,7 @@ class GPT(nn.Module):
         if self.wpe is not None:
             x_BTC = x_BTC + self.wpe(positions)
         x_BTC = self.embed_norm(x_BTC.to(self.compute_dtype))
-        context = Context(self._rotary(positions), doc_start, cache)
+        context = Context(self.rotary(positions), doc_start, cache)
         for block in self.blocks:
             x_BTC = block(x_BTC, context)
         if cache is not None:
@@ -244,7 +244,7 @@ class GPT(nn.Module):
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _rotary(self, positions: Tensor) -> Rotary | None:
+    def rotary(self, positions: Tensor) -> Rotary | None:
         """Cosine and sine at ``positions`` (T) or (B, T): (T, D/2) or (B, 1, T, D/2), float32."""
         if self.config.position != "rotary":
             return None
