@@ -21,13 +21,13 @@ ARROWS = """
     data        order documents shards corpus data examples packing rankings <- errors
     output      progress rundir chart page report       <- errors config
     machine     memory hardware distributed             <- errors
-    model       model optim lora                        <- errors config
+    model       model optim lora decoder                <- errors config
     checkpoint  tensorfile manifest checkpoint          <- errors
     trainer     trainer evaluation loss                 <- errors config data output machine model checkpoint
     run         run plan generate export modeling_fastgpt                <- errors config data output machine model checkpoint trainer tokenizer
-    post        reward_model preferences                <- errors config data output machine model checkpoint trainer tokenizer run
+    post        reward_model preferences rl rollout actor_critic                <- errors config data output machine model checkpoint trainer tokenizer run
     assess      ratings tasks judges                    <- errors config data output machine model checkpoint trainer tokenizer run post
-    stage       pretrain sft evaluate reward dpo pipeline <- errors config data output machine model checkpoint trainer tokenizer run post assess
+    stage       pretrain sft evaluate reward dpo pipeline ppo <- errors config data output machine model checkpoint trainer tokenizer run post assess
 """  # noqa: E501
 PART: dict[str, str] = {}
 MAY_IMPORT: dict[str, set[str]] = {}
