@@ -316,7 +316,9 @@ def linear_cross_entropy(
     input, weight, bias = cast_under_autocast(input_ND, linear_weight_VD, linear_bias)
     name = "linear_cross_entropy"
     if input.dim() != 2:
-        raise ValueError(f"{name}: input must be (N, D), got shape {tuple(input.shape)}; flatten it")
+        raise ValueError(
+            f"{name}: input must be (N, D), got shape {tuple(input.shape)}; flatten it"
+        )
     check_linear(name, input, weight, bias, ("input", "linear_weight", "linear_bias"))
     check_options(name, input.shape[0], target_N, reduction, label_smoothing, softcap)
     options = ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0)

@@ -9,7 +9,15 @@ import pytest
 import torch
 from harness import assert_unwritten, guard
 
-from fastgpt_kernels import cpu, cross_entropy, layer_norm, linear_cross_entropy, rms_norm
+from fastgpt_kernels import (
+    cpu,
+    cross_entropy,
+    gae,
+    layer_norm,
+    linear_cross_entropy,
+    linear_log_probs,
+    rms_norm,
+)
 
 OPS = torch.ops.fastgpt_kernels
 ROW_COUNTS = (2, 3, 8, 17, 64)
@@ -47,6 +55,12 @@ def _cases():
     yield "linear_cross_entropy_sum", (*half, None, t, *options, False, True, False)
     plain = [v.detach() for v in (x, w, b)]
     yield "linear_cross_entropy_bwd", (rows[:5], *plain, t, *options, True, False, True)
+    yield "linear_log_probs_fwd", (x, w, b, t, -100, 0.7, 5.0)
+    yield "linear_log_probs_fwd", (*half, None, t, -100, 1.0, 0.0)
+    saved = (*[rows[:5]] * 4, *plain, t, -100, 0.7, 5.0)
+    yield "linear_log_probs_bwd", (rows[5:10], rows[10:15], *saved, True, True, True)
+    yield "linear_log_probs_bwd", (rows[5:10], None, *saved, True, False, False)
+    yield "gae", (rows.view(2, 15), rows.view(15, 2).t(), rows.view(2, 15) > 0.3, 0.99, 0.95)
     yield "cpu_scores", (torch.randn(2, 3, 4), torch.randn(2, 5, 4), False)
     yield "cpu_causal_bias", (torch.randn(1, 2, 5, 4),)
     yield "cpu_gelu_tanh", (torch.randn(6, 3, dtype=torch.bfloat16),)
@@ -72,8 +86,12 @@ def test_every_operator_is_checked():
 
 def _losses(x, w, t):
     hidden = rms_norm(layer_norm(x, 8), 8, w[0])
+    log_probs, entropy = linear_log_probs(hidden, w, t, temperature=0.8)
+    advantages, _ = gae(log_probs[None], entropy[None], t[None] != 3)
     return (
         linear_cross_entropy(hidden, w, t, softcap=5.0)
+        + (log_probs * advantages[0]).sum()
+        - entropy.sum()
         + linear_cross_entropy(hidden, w, t, reduction="none", z_loss=1e-3).sum()
         + cross_entropy(hidden @ w.T, t, label_smoothing=0.1)
     )
