@@ -7,7 +7,17 @@ tensors; inputs are never written to. ``fastgpt_kernels.modules`` holds ``torch.
 
 from fastgpt_kernels.attention import attention
 from fastgpt_kernels.cross_entropy import cross_entropy
+from fastgpt_kernels.gae import gae
 from fastgpt_kernels.linear_cross_entropy import linear_cross_entropy
+from fastgpt_kernels.linear_log_probs import linear_log_probs
 from fastgpt_kernels.normalization import layer_norm, rms_norm
 
-__all__ = ["attention", "cross_entropy", "layer_norm", "linear_cross_entropy", "rms_norm"]
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "gae",
+    "layer_norm",
+    "linear_cross_entropy",
+    "linear_log_probs",
+    "rms_norm",
+]
