@@ -1,0 +1,429 @@
+"""Stage 3a: learn from rankings which answer is better.
+
+``python -m fastgpt.reward --init runs/sft --data rankings.jsonl --out runs/rm``; without ``--data``
+it trains on the rankings that come with the package. All answers of a prompt are scored in one
+forward pass, and the loss is the mean over its pairs of -log sigmoid(better - worse).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastgpt import cli
+from fastgpt.config import FromRun, ModelConfig, OptimConfig, TrainConfig
+from fastgpt.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastgpt.checkpoint import Checkpoint
+    from fastgpt.distributed import World
+    from fastgpt.model import GPT
+    from fastgpt.preferences import PackedComparisons
+    from fastgpt.reward_model import RewardModel
+    from fastgpt.rundir import RunDir
+    from fastgpt.tokenizer import Tokenizer
+    from fastgpt.trainer import Batch
+
+SHOWN = 4  # held-out rankings in the report
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Train a reward model on rankings of answers."""
+
+    init: Path | None = None
+    """The run to start from, finetuned on chats."""
+    data: tuple[Path, ...] = ()
+    """Rankings (.jsonl, .gz, .xz): "prompt" and "responses", best first or with "ranks" or
+    "scores"; or "chosen" and "rejected"; default: the embedded ones."""
+    epochs: float = 1.0
+    """How often each prompt is used, unless --steps says how long to train."""
+    batch_prompts: int | None = None
+    """Prompts of an optimizer step, with all their answers; default: what --batch-tokens hold."""
+    margin: float = 0.0
+    """A better answer must lead by this times the difference of the scores in the data."""
+    val_fraction: float = 0.1
+    """Part of the prompts held out for validation."""
+    on_long: Literal["error", "skip"] = "error"
+    """A prompt that leaves no place for an answer in --seq-len ends the run, or is left out."""
+    norm_samples: int = 256
+    """Answers of the --init model whose scores get mean 0 and standard deviation 1; 0: leave them
+    as they are."""
+    config: Path | None = None
+    """A TOML file with any of these options, as in a run's config.toml."""
+    resume: Path | None = None
+    """Go on with this run; everything else comes from it."""
+    stop_at: int | None = None
+    """Save and end at this step as if preempted; the schedule stays that of the whole run."""
+    debug: bool = False
+    """Show the traceback of an error."""
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=0, batch_tokens=8192, eval_every=0, save_every=200, sample_tokens=64
+        )
+    )
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    model: FromRun = field(default_factory=ModelConfig)
+
+    def check(self) -> None:
+        """Raise UsageError for values no run can have."""
+        dataclasses.replace(self.train, steps=self.train.steps or 1).check()
+        self.optim.check()
+        if self.init is None and self.resume is None:
+            raise UsageError("--init: the run to start from is missing; give its directory")
+        if not 0 < self.epochs < float("inf"):
+            raise UsageError(f"--epochs {self.epochs:g}: it must be above 0")
+        if not 0 <= self.val_fraction < 1:
+            raise UsageError(f"--val-fraction {self.val_fraction:g}: at least 0 and below 1")
+        if not 0 <= self.margin < float("inf"):
+            raise UsageError(f"--margin {self.margin:g}: it must be at least 0")
+        if self.norm_samples < 0:
+            raise UsageError(f"--norm-samples {self.norm_samples}: it must be at least 0")
+        for flag, value in (("stop-at", self.stop_at), ("batch-prompts", self.batch_prompts)):
+            if value is not None and value < 1:
+                raise UsageError(f"--{flag} {value}: it must be at least 1")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    config = cli.parse(RewardConfig, argv)
+    config.check()
+    from fastgpt.distributed import world
+    from fastgpt.memory import keep_freed_memory
+
+    keep_freed_memory()
+    with world(config.train.device) as processes:
+        reward(config, processes)
+
+
+def reward(config: RewardConfig, world: World) -> None:
+    """Prepare model and data, train, evaluate, normalise, report."""
+    import torch
+
+    from fastgpt.run import open_run, resume_from
+    from fastgpt.trainer import train
+
+    run = open_run(config, world, "reward")
+    with world.together():
+        checkpoint = resume_from(run) if config.resume else None
+    new_run = world.rank == 0 and not config.resume
+    with run.emptied_on_error() if new_run else contextlib.nullcontext():
+        random.seed(config.train.seed)  # its state is part of a checkpoint
+        torch.manual_seed(config.train.seed)
+        with world.together():
+            config, model, tokenizer, writer = _start(config, run, world, checkpoint)
+        with world.together():
+            config, stage = _prepare(config, model, tokenizer, writer, run, world)
+    # It cancels in every pair: its gradient is rounding, which Adam would take for a direction.
+    model.head.bias.requires_grad_(False)
+    result = train(
+        model,
+        stage.batches,
+        stage.loss,
+        config.train,
+        config.optim,
+        world=world,
+        run=run,
+        seq_len=stage.train.seq_len,
+        stage="reward",
+        evaluate=stage.evaluate,
+        resume=checkpoint,
+        stop_at=config.stop_at,
+        metrics=stage.metrics,
+        stage_state=stage,
+    )
+    if world.rank == 0:
+        finish(config, run, stage, result.evaluation)
+
+
+@dataclass
+class Stage:
+    """What is trained on, the answers that normalise the scores, and the numbers of a step."""
+
+    model: RewardModel
+    world: World
+    prompts: int
+    margin: float
+    train: PackedComparisons
+    val: PackedComparisons | None
+    samples: PackedComparisons | None
+    scores: Any = None
+    """Raw scores of the held-out answers, at the last evaluation."""
+    right: Any = 0.0
+    """Right pairs of this process in the current step, and how many there are."""
+    pairs: int = 0
+
+    def batches(self, step: int) -> list[dict[str, Tensor]]:
+        """See `fastgpt.trainer.Batches`."""
+        self.right, self.pairs = 0.0, 0
+        return self.train.step(step, self.prompts, rank=self.world.rank, world_size=self.world.size)
+
+    def loss(self, model: RewardModel, batch: Batch) -> Tensor:
+        """See `fastgpt.trainer.LossFn`; a target is a prompt."""
+        leads_P, loss = ranking_loss(model, batch, self.margin)
+        self.right = self.right + (leads_P > 0).sum() + 0.5 * (leads_P == 0).sum()
+        self.pairs += len(leads_P)
+        return loss
+
+    def metrics(self) -> dict[str, float]:
+        """Accuracy on the pairs of the last step, before its update."""
+        right, pairs = self.world.sum([float(self.right), self.pairs])
+        return {"accuracy": right / pairs}
+
+    def evaluate(self) -> dict[str, float]:
+        """Normalise the scores; loss and accuracy on the held-out prompts."""
+        import numpy as np
+
+        from fastgpt.pair_metrics import accuracy, leads_of
+        from fastgpt.preferences import all_pairs
+
+        values: dict[str, float] = {}
+        if self.samples is not None:
+            raw = self._raw_scores(self.samples)
+            mean, std = float(raw.mean()), float(raw.std(ddof=1))
+            self.model.normalize(mean, std)
+            values = {"sample_mean": mean, "sample_std": std}
+        if self.val is None:
+            return values
+        self.scores = self._raw_scores(self.val)
+        pairs, weights, differences = all_pairs(self.val.comparisons)
+        leads = leads_of(self.scores, pairs)
+        losses = np.logaddexp(0, self.margin * differences - leads)
+        loss = float((weights * losses).sum() / weights.sum())
+        return {"val_loss": loss, "val_accuracy": accuracy(leads), **values}
+
+    def _raw_scores(self, packed: PackedComparisons) -> Any:
+        """Raw score of every answer, float64, the same on all processes."""
+        import numpy as np
+        import torch
+
+        from fastgpt.trainer import to_device
+
+        scores = np.zeros(packed.n_answers)
+        with torch.no_grad():
+            for batch in packed.all(rank=self.world.rank, world_size=self.world.size):
+                raw = raw_scores(self.model, to_device(batch, self.world.device))
+                scores[batch["numbers_R"].numpy()] = raw.double().cpu().numpy()
+        return np.array(self.world.sum(scores.tolist()))
+
+    def state(self) -> dict[str, Any]:
+        """See `fastgpt.trainer.StageState`."""
+        return {"data": self.train.fingerprint()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sampled answers, for the model that wrote them may be gone at a resume."""
+        import torch
+
+        if self.samples is None:
+            return {}
+        rows = [ids for c in self.samples.comparisons for ids in c.answers]
+        lengths = torch.tensor([len(ids) for ids in rows])
+        return {
+            "sample_ids": torch.cat([torch.from_numpy(ids) for ids in rows]),
+            "sample_lengths": lengths,
+        }
+
+    def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take back the samples. Raises DataError when the data is another."""
+        if state != self.state():
+            raise DataError("--data is not what this run began with; a resumed run needs the same")
+        if tensors:
+            ids, lengths = tensors["sample_ids"].numpy(), tensors["sample_lengths"].tolist()
+            rows, begin = [], 0
+            for length in lengths:
+                rows.append(ids[begin : begin + length])
+                begin += length
+            self.samples = packed_samples(rows, self.train)
+
+
+def raw_scores(model: RewardModel, batch: Any) -> Tensor:
+    """Raw scores (R,) of the answers of a micro-batch of `PackedComparisons`."""
+    return model.raw(
+        batch["inputs_BT"],
+        batch["last_R"],
+        positions=batch["positions_BT"],
+        doc_start=batch["doc_start_BT"],
+    )
+
+
+def ranking_loss(model: RewardModel, batch: Any, margin: float) -> tuple[Tensor, Tensor]:
+    """Leads (P,) of the better answers, and the loss summed over prompts.
+
+    The loss of a prompt is the mean over its untied pairs of -log sigmoid(lead - margin x score
+    difference): InstructGPT, arXiv:2203.02155, equation 1; the margin as in Llama 2,
+    arXiv:2307.09288, equation 2.
+    """
+    from fastgpt.preferences import pair_loss
+
+    scores_R = raw_scores(model, batch)
+    leads_P = scores_R[batch["better_P"]] - scores_R[batch["worse_P"]]
+    loss = pair_loss(leads_P - margin * batch["differences_P"], batch["weights_P"])
+    return leads_P.detach(), loss
+
+
+def packed_samples(rows: Sequence[Any], like: PackedComparisons) -> PackedComparisons:
+    """Texts to be scored, packed like the training set."""
+    from fastgpt.preferences import Comparison, PackedComparisons
+
+    singles = [Comparison([ids], 0, [], []) for ids in rows]
+    return PackedComparisons(singles, like.seq_len, like.rows)
+
+
+def _start(
+    config: RewardConfig, run: RunDir, world: World, checkpoint: Checkpoint | None
+) -> tuple[RewardConfig, RewardModel, Tokenizer, GPT | None]:
+    """The reward model, its tokenizer, and the model that it starts from, None at a resume."""
+    from fastgpt.chat import end_id
+    from fastgpt.hardware import compute_dtype
+    from fastgpt.reward_model import RewardModel
+    from fastgpt.run import load_model, load_tokenizer
+
+    if checkpoint is not None:  # the loop takes the weights from it
+        dtype = compute_dtype(config.train.dtype, world.device)
+        model = RewardModel(config.model, dtype).to(world.device)
+        return config, model, load_tokenizer(run), None
+    if config.init is None:
+        raise UsageError(f"{run.path}: it has no checkpoint, and no run to start from")
+    writer, tokenizer = load_model(config.init, device=str(world.device), dtype=config.train.dtype)
+    end_id(tokenizer)  # or it says what is missing
+    model = RewardModel.from_gpt(writer)
+    if world.rank == 0:
+        tokenizer.save(run.tokenizer_path)
+    return dataclasses.replace(config, model=model.config), model, tokenizer, writer
+
+
+def _prepare(
+    config: RewardConfig,
+    model: RewardModel,
+    tokenizer: Tokenizer,
+    writer: GPT | None,
+    run: RunDir,
+    world: World,
+) -> tuple[RewardConfig, Stage]:
+    """Data, and the configuration with what it decides."""
+    from fastgpt.examples import embedded
+    from fastgpt.preferences import (
+        PackedComparisons,
+        encode,
+        micro_rows,
+        prompts_per_step,
+        row_length,
+        split,
+    )
+    from fastgpt.rankings import read_rankings, untied
+    from fastgpt.run import save_config
+
+    settings = config.train
+    seq_len = row_length(settings.seq_len, config.model.context)
+    rankings = read_rankings(config.data or (embedded("rankings"),))
+    if config.margin and not all(ranking.scored for ranking in rankings):
+        bad = next(ranking for ranking in rankings if not ranking.scored)
+        raise UsageError(f"--margin needs 'scores', {bad.source}:{bad.line} has none; leave it out")
+    said = print if world.rank == 0 else _nothing
+    kept = untied(rankings)
+    held_out, learned = split(kept, config.val_fraction, settings.seed)
+    rows = micro_rows(settings.micro_batch, seq_len, world.device)
+    comparisons = encode(learned, tokenizer, seq_len, config.on_long, said)
+    train_set = PackedComparisons(comparisons, seq_len, rows, seed=settings.seed)
+    held = encode(held_out, tokenizer, seq_len, "skip", _nothing)
+    val_set = PackedComparisons(held, seq_len, rows) if held else None
+    prompts = prompts_per_step(train_set, config.batch_prompts, settings.batch_tokens, world.size)
+    steps = settings.steps or max(1, round(config.epochs * len(train_set) / prompts))
+    config = dataclasses.replace(
+        config, batch_prompts=prompts, train=dataclasses.replace(settings, steps=steps)
+    )
+    samples = None
+    if writer is not None and config.norm_samples:
+        ids = sample_answers(writer, tokenizer, train_set, config)
+        samples = packed_samples(ids, train_set)
+    if world.rank == 0:
+        save_config(config, run)
+        pairs = sum(len(c.pairs) for c in comparisons)
+        said(
+            f"{len(comparisons)} rankings with {train_set.n_answers} answers and {pairs} pairs, "
+            f"{len(held)} rankings held out, {len(rankings) - len(kept)} without an untied pair "
+            f"left out; {prompts} prompts a step"
+        )
+    return config, Stage(model, world, prompts, config.margin, train_set, val_set, samples)
+
+
+def _nothing(message: str) -> None:
+    """For processes that print nothing."""
+
+
+def sample_answers(
+    model: GPT, tokenizer: Tokenizer, data: PackedComparisons, config: RewardConfig
+) -> list[Any]:
+    """``norm_samples`` answers of ``model`` to training prompts, as ids behind their prompt.
+
+    Sampled at temperature 1, up to ``sample_tokens`` of them; an answer that ended has its
+    ``<|end|>``. Prompts are taken in turn until there are enough.
+    """
+    import numpy as np
+
+    from fastgpt.chat import end_id
+    from fastgpt.generate import SamplingConfig, generate
+
+    seed, most = config.train.seed, config.train.sample_tokens
+    end = end_id(tokenizer)
+    prompts = [c.answers[0][: c.prompt].tolist() for c in data.comparisons]
+    prompts = [ids for ids in prompts if len(ids) + most <= data.seq_len]
+    if not prompts:
+        raise UsageError(
+            f"--sample-tokens {most}: no prompt leaves room for them in {data.seq_len} tokens; "
+            "lower it, or --norm-samples 0"
+        )
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    picked = [prompts[order[i % len(order)]] for i in range(config.norm_samples)]
+    picked.sort(key=len)  # so that a batch has little padding
+    rows = []
+    for start in range(0, len(picked), 32):
+        batch = picked[start : start + 32]
+        sampling = SamplingConfig(max_new_tokens=most, temperature=1.0, seed=seed + start)
+        for prompt, new in zip(
+            batch, generate(model, batch, sampling, stop_ids=(end,)), strict=True
+        ):
+            ended = [end] if len(new) < most else []
+            rows.append(np.array([*prompt, *new, *ended], dtype=np.int64))
+    return rows
+
+
+def finish(config: RewardConfig, run: RunDir, stage: Stage, evaluation: dict[str, float]) -> None:
+    """Print and report how good the scores are."""
+    from fastgpt.pair_report import assess, sections, summary, with_sections
+    from fastgpt.report import environment, write_report
+
+    samples: list[dict[str, str]] = []
+    parts: list[str] = []
+    if stage.val is not None:
+        found = assess(stage.val.comparisons, stage.scores)
+        print("\n" + summary(found))
+        parts = sections(found)
+        shown = stage.model.gain.item() * stage.scores + stage.model.bias.item()
+        for first, comparison in zip(stage.val.first[:SHOWN], stage.val.comparisons, strict=False):
+            ranking = comparison.ranking
+            if ranking is not None:
+                answers = enumerate(ranking.responses)
+                lines = ["", *(f"{shown[first + i]:+.2f}  {text}" for i, text in answers)]
+                prompt = ranking.prompt[-1]["content"]
+                samples.append({"prompt": prompt, "text": "\n".join(lines)})
+    report = write_report(run, samples, cli.to_tree(config), environment())
+    with_sections(report, parts)
+    if stage.samples is not None:
+        mean, std = evaluation["sample_mean"], evaluation["sample_std"]
+        print(
+            f"\n{stage.samples.n_answers} sampled answers had a mean score of {mean:.3f} and a "
+            f"standard deviation of {std:.3f}; normalised to 0 and 1"
+        )
+    print(f"run {run.path}, report {report}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.command(main)())
