@@ -6,8 +6,9 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from fastgpt.chat import END, end_id, render_prompt
 from fastgpt.cli import command, from_flags
 from fastgpt.errors import UsageError
 
@@ -55,6 +56,8 @@ class GenerateConfig:
     """Texts to continue; several are done as one batch. Default: standard input."""
     stop: tuple[str, ...] = ()
     """End a continuation before the first of these texts."""
+    chat: Literal["auto", "yes", "no"] = "auto"
+    """Answer the prompt as the user's turn; auto: when the model was finetuned on chats."""
     step: int | None = None
     """Checkpoint to use; default: the newest."""
     device: str = "auto"
@@ -164,12 +167,20 @@ def complete(
     sampling: SamplingConfig,
     *,
     stop: Sequence[str] = (),
+    chat: bool = False,
 ) -> list[str]:
-    """Continue texts, each to its end-of-text id or to just before the first of ``stop``."""
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    """Continue texts, each to its end-of-text id or to just before the first of ``stop``.
+
+    With ``chat`` they are what a user says, and the assistant's answers come back.
+    """
+    if chat:
+        ids = [render_prompt(tokenizer, [_turn("user", prompt)]) for prompt in prompts]
+        stop_ids = (tokenizer.eot_id, end_id(tokenizer))
+    else:
+        ids, stop_ids = [tokenizer.encode(prompt) for prompt in prompts], (tokenizer.eot_id,)
     rows: list[list[int]] = [[] for _ in ids]
     texts = [""] * len(ids)
-    for new in stream(model, ids, sampling, stop_ids=(tokenizer.eot_id,)):
+    for new in stream(model, ids, sampling, stop_ids=stop_ids):
         for row, token in zip(rows, new, strict=True):
             if token is not None:
                 row.append(token)
@@ -181,6 +192,36 @@ def complete(
         if all(ended):
             break
     return [_cut(text, stop) for text in texts]
+
+
+def converse(model: GPT, tokenizer: Tokenizer, sampling: SamplingConfig) -> None:
+    """Talk at a terminal until the input ends; what does not fit into the context is forgotten."""
+    messages: list[dict[str, str]] = []
+    stop_ids = (tokenizer.eot_id, end_id(tokenizer))
+    while True:
+        try:
+            messages.append(_turn("user", input("> ")))
+        except EOFError:
+            print()
+            return
+        while len(ids := render_prompt(tokenizer, messages)) >= model.config.context - 1:
+            if len(messages) == 1:
+                raise UsageError("that is longer than the model's context; say less at once")
+            del messages[:2]
+        new: list[int] = []
+        shown = ""
+        for (token,) in stream(model, [ids], sampling, stop_ids=stop_ids):
+            if token is not None:
+                new.append(token)
+            text = tokenizer.decode(new).rstrip("\N{REPLACEMENT CHARACTER}")  # half a character
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+        print()
+        messages.append(_turn("assistant", tokenizer.decode(new)))
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
@@ -207,10 +248,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from fastgpt.run import load_model
 
     model, tokenizer = load_model(config.run, step=config.step, device=config.device)
+    chat = END in tokenizer.special_tokens if config.chat == "auto" else config.chat == "yes"
+    if chat and not config.prompt and sys.stdin.isatty():
+        converse(model, tokenizer, config.sampling)
+        return
     prompts = config.prompt or (sys.stdin.read(),)
-    texts = complete(model, tokenizer, prompts, config.sampling, stop=config.stop)
+    texts = complete(model, tokenizer, prompts, config.sampling, stop=config.stop, chat=chat)
     for prompt, text in zip(prompts, texts, strict=True):
-        print(prompt + text)
+        print(text if chat else prompt + text)
 
 
 if __name__ == "__main__":
