@@ -42,7 +42,7 @@ from fastgpt_kernels._common import tl, triton
 
 
 @triton.jit
-def _fwd_loop(
+def fwd_loop(
     acc, total, peak, q, k_tile, v_tile, stride_ks, stride_vs, lo, hi, col_ok, S,
     first, n_head, skip, n_blocks, score_in, score_log2,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, MASK_COLS: tl.constexpr,
@@ -114,12 +114,12 @@ def fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
-    acc, total, peak = _fwd_loop(
+    acc, total, peak = fwd_loop(
         acc, total, peak, q, k_tile, v_tile, stride_ks, stride_vs, lo, hi, col_ok, S,
         first, n_head, n_full * BLOCK_N, n_edge, score_in, score_log2,
         True, SOFTCAP, MASK_COLS, BLOCK_N, PRECISION,
     )  # fmt: skip
-    acc, total, peak = _fwd_loop(
+    acc, total, peak = fwd_loop(
         acc, total, peak, q, k_tile, v_tile, stride_ks, stride_vs, lo, hi, col_ok, S,
         full, 0, 0, n_full, score_in, score_log2,
         False, SOFTCAP, MASK_COLS, BLOCK_N, PRECISION,
