@@ -466,6 +466,6 @@ def train_sentencepiece(
 
 if __name__ == "__main__":
     # The commands know the reading of data and this module; this module knows neither.
-    import runpy
+    from importlib import import_module
 
-    runpy.run_module("fastgpt.tokenizer_commands", run_name="__main__")
+    raise SystemExit(import_module("fastgpt.tokenizer_commands").run())

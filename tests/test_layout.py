@@ -17,9 +17,10 @@ ROOT = Path(__file__).parents[1]
 ARROWS = """
     errors      errors                                  <-
     config      config presets cli                      <- errors
-    tokenizer   _bpe tokenizer_text tokenizer_json tokenizer_bpe tokenizer_sentencepiece tokenizer_files tokenizer chat <- errors
-    data        order documents shards corpus data examples packing rankings <- errors
+    tokenizer   _bpe tokenizer_text tokenizer_json tokenizer_bpe tokenizer_sentencepiece tokenizer_files tokenizer tiktoken_encoding chat <- errors
+    data        order documents shards corpus data examples packing rankings encode_files <- errors
     output      progress rundir chart page report       <- errors config
+    commands    tokenizer_commands                      <- errors config data output tokenizer
     machine     memory hardware distributed             <- errors
     model       model optim lora decoder                <- errors config
     checkpoint  tensorfile manifest checkpoint          <- errors
