@@ -5,7 +5,9 @@ tensors; inputs are never written to. ``fastgpt_kernels.modules`` holds ``torch.
 ``fastgpt_kernels.reference`` the mathematics.
 """
 
-from fastgpt_kernels.attention import attention
+from fastgpt_kernels.attention import attention, attention_with_lse
+from fastgpt_kernels.attention_decode import attention_decode
+from fastgpt_kernels.attention_varlen import attention_varlen
 from fastgpt_kernels.cross_entropy import cross_entropy
 from fastgpt_kernels.gae import gae
 from fastgpt_kernels.linear_cross_entropy import linear_cross_entropy
@@ -14,6 +16,9 @@ from fastgpt_kernels.normalization import layer_norm, rms_norm
 
 __all__ = [
     "attention",
+    "attention_decode",
+    "attention_varlen",
+    "attention_with_lse",
     "cross_entropy",
     "gae",
     "layer_norm",
