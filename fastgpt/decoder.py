@@ -130,3 +130,18 @@ class Decoder:
         logits = F.linear(hidden_B1C[:, -1], self.head).float()
         cap = self.model.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def draw(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """The id where the cumulative distribution of each row passes its number: int64 (B).
+
+    Args:
+        probs_BV: float32, at least 0, of any sum.
+        uniforms_B: float64 in [0, 1). One draw of a generator a row costs a tenth of one for each
+            id, which torch.multinomial takes.
+    """
+    # float64, so that the number times the total stays below the total: an id of probability 0
+    # is never reached.
+    cumulative_BV = probs_BV.double().cumsum(-1)
+    places_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
+    return torch.searchsorted(cumulative_BV, places_B1, right=True)[:, 0]

@@ -139,7 +139,7 @@ def sample(
     Returns:
         int64 (B,).
     """
-    import torch
+    from fastgpt.decoder import draw
 
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
@@ -153,11 +153,7 @@ def sample(
         before = descending.cumsum(-1) - descending
         descending = descending.masked_fill(before >= sampling.top_p, 0.0)
         probs_BV = probs_BV.new_zeros(probs_BV.shape).scatter(-1, order, descending)
-    # float64, so that the number times the total stays below the total: an id of probability 0
-    # is never reached.
-    cumulative_BV = probs_BV.double().cumsum(-1)
-    places_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, places_B1, right=True)[:, 0]
+    return draw(probs_BV, uniforms_B)
 
 
 def complete(
