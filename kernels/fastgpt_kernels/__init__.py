@@ -12,9 +12,11 @@ from fastgpt_kernels.cross_entropy import cross_entropy
 from fastgpt_kernels.gae import gae
 from fastgpt_kernels.linear_cross_entropy import linear_cross_entropy
 from fastgpt_kernels.linear_log_probs import linear_log_probs
-from fastgpt_kernels.normalization import layer_norm, rms_norm
+from fastgpt_kernels.normalization import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_decode",
     "attention_varlen",

@@ -14,10 +14,13 @@ merge for rows that do not fit), so a mean far above the spread costs no digits.
 ``rstd`` are kept in float32 whatever the input: rounded to bfloat16 they would dominate the error
 of dw as soon as the mean exceeds the spread.
 
-``dw`` and ``db`` come in two stages without atomics: every program sums its rows in float32
+``dw`` and ``db`` come in two stages without atomic sums: every program sums its rows in float32
 registers into one row of partials, and the partials are summed; so two runs give the same bits. Up
-to 8,192 columns one kernel makes dx and the partials from one read of x and dy. Beyond that the
-accumulators would spill: dx is one kernel, and the partials another that walks column blocks.
+to 8,192 columns one block holds a row and makes dx and the partials from one read of x and dy.
+Beyond that its accumulators would spill: the sums over a row and what follows from them are two
+kinds of programs of one launch, and rows go in chunks that are still in the L2 cache when they are
+read again. ``add_layer_norm`` and ``add_rms_norm`` normalise x + residual and return the sum too;
+its gradient is added to dx in the same kernel.
 
 Shapes: input (..., n), rows of any strides (see ``_common.RowLayout``); outputs are contiguous.
 """
@@ -45,38 +48,51 @@ from fastgpt_kernels._common import (
     row_layout,
     use_triton,
 )
-from fastgpt_kernels._norm_kernels import (
-    bwd_dw_kernel,
-    bwd_dx_kernel,
-    bwd_fused_kernel,
-    fwd_kernel,
-)
+from fastgpt_kernels._norm_kernels import bwd_fused_kernel, bwd_wide_kernel, fwd_kernel
 
 FUSED_BACKWARD_MAX = 8192
-"""Widest row whose dx, dw and db come from one kernel; beyond it the accumulators spill."""
+"""Widest row whose dx, dw and db come from one block; beyond it the accumulators spill."""
+INTERPRETED_L2 = 1 << 20
+"""Bytes of the L2 cache that the interpreter pretends to have."""
 
 
 def _launch_fwd(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, n_dims: int, eps: float, rms: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n_dims: int,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layout = row_layout(x, n_dims)
+    other = layout if residual is None else row_layout(residual, n_dims)
     y = x.new_empty(x.shape)
+    total = x.new_empty(0) if residual is None else residual.new_empty(x.shape)
     rstd = x.new_empty(layout.n_rows, dtype=torch.float32)
     mean = x.new_empty(0 if rms else layout.n_rows, dtype=torch.float32)
     if x.numel() == 0:
-        return y, mean, rstd
+        return y, total, mean, rstd
     flags: dict[str, Any] = {
-        "RMS": rms, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None
-    }  # fmt: skip
+        **{"RMS": rms, "HAS_RESIDUAL": residual is not None},
+        **{"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None},
+    }
     w = y if weight is None else weight.contiguous()
     b = y if bias is None else bias.contiguous()
     config = launch_config("norm_fwd", x.device, x.dtype, next_power_of_2(layout.n_cols))
     with device_guard(x):
         fwd_kernel[(cdiv(layout.n_rows, config["BLOCK_M"]),)](
-            layout.tensor, w, b, y, mean, rstd, layout.n_rows, layout.n_cols, eps, *layout.strides,
-            **flags, **config,
+            layout.tensor, other.tensor, w, b, y, total, mean, rstd,
+            layout.n_rows, layout.n_cols, eps, *layout.strides, *other.strides, **flags, **config,
         )  # fmt: skip
-    return y, mean, rstd
+    return y, total, mean, rstd
+
+
+def _chunk_rows(x: Tensor, n_rows: int, n_cols: int, block_m: int) -> int:
+    """Rows of a chunk of the wide backward: its x and dy fill a fifth of the L2 cache."""
+    l2 = torch.cuda.get_device_properties(x.device).L2_cache_size if x.is_cuda else INTERPRETED_L2
+    fitting = l2 // 5 // (2 * n_cols * x.element_size() * block_m)
+    return max(1, min(fitting, cdiv(n_rows, block_m))) * block_m
 
 
 def _launch_bwd(
@@ -88,53 +104,67 @@ def _launch_bwd(
     has_bias: bool,
     n_dims: int,
     rms: bool,
+    dtotal: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x_layout, dy_layout = row_layout(x, n_dims), row_layout(dy, n_dims)
+    dt_layout = dy_layout if dtotal is None else row_layout(dtotal, n_dims)
     n_rows, n_cols = x_layout.n_rows, x_layout.n_cols
     dx = x.new_empty(x.shape)
     if x.numel() == 0:
         return dx, x.new_zeros(n_cols * (weight is not None)), x.new_zeros(n_cols * has_bias)
     w = dx if weight is None else weight.contiguous()
-    flags: dict[str, Any] = {"RMS": rms, "HAS_WEIGHT": weight is not None}
-    with_bias: dict[str, Any] = {**flags, "HAS_BIAS": has_bias}
-    strides = (*x_layout.strides, *dy_layout.strides)
+    flags: dict[str, Any] = {
+        **{"RMS": rms, "HAS_TOTAL": dtotal is not None},
+        **{"HAS_WEIGHT": weight is not None, "HAS_BIAS": has_bias},
+    }
     fused = n_cols <= FUSED_BACKWARD_MAX
-    kernel = "norm_bwd_fused" if fused else "norm_bwd_dw"
-    config = launch_config(kernel, x.device, x.dtype, next_power_of_2(n_cols))
-    column_blocks = 1 if fused else cdiv(n_cols, config["BLOCK_N"])
-    programs = multiprocessor_count(x) * max(1, min(8, 8192 // next_power_of_2(n_cols)))
-    groups = min(
-        cdiv(n_rows, config["BLOCK_M"]),
-        programs if fused else max(1, 8 * programs // column_blocks),
+    config = launch_config(
+        "norm_bwd_fused" if fused else "norm_bwd_wide", x.device, x.dtype, next_power_of_2(n_cols)
     )
-    rows_per_program = cdiv(cdiv(n_rows, groups), config["BLOCK_M"]) * config["BLOCK_M"]
-    groups = cdiv(n_rows, rows_per_program)
+    if fused:
+        programs = multiprocessor_count(x) * max(1, min(4, 8192 // next_power_of_2(n_cols)))
+        groups = min(cdiv(n_rows, config["BLOCK_M"]), programs)
+        rows_each = cdiv(cdiv(n_rows, groups), config["BLOCK_M"]) * config["BLOCK_M"]
+    else:
+        rows_each = _chunk_rows(x, n_rows, n_cols, config["BLOCK_M"])
+    groups = cdiv(n_rows, rows_each)
     dw = x.new_empty(groups, n_cols if weight is not None else 0, dtype=torch.float32)
     db = x.new_empty(groups, n_cols if has_bias else 0, dtype=torch.float32)
+    tensors = dy_layout.tensor, x_layout.tensor, w, mean, rstd, dt_layout.tensor, dx, dw, db
+    strides = (*x_layout.strides, *dy_layout.strides, *dt_layout.strides)
     with device_guard(x):
         if fused:
             bwd_fused_kernel[(groups,)](
-                dy_layout.tensor, x_layout.tensor, w, mean, rstd, dx, dw, db,
-                n_rows, n_cols, rows_per_program, *strides, **with_bias, **config,
-            )  # fmt: skip
+                *tensors, n_rows, n_cols, rows_each, *strides, **flags, **config
+            )
         else:
-            dx_config = launch_config("norm_bwd_dx", x.device, x.dtype, next_power_of_2(n_cols))
-            bwd_dx_kernel[(n_rows,)](
-                dy_layout.tensor, x_layout.tensor, w, mean, rstd, dx,
-                n_rows, n_cols, *strides, **flags, **dx_config,
+            segments = cdiv(n_cols, config["BLOCK_S"])
+            sums = x.new_empty(2, n_rows, segments, dtype=torch.float32)
+            counters = x.new_zeros(1 + groups, dtype=torch.int32)
+            summing = rows_each * segments  # programs a chunk; see the kernel for the order
+            grid = summing + groups * (summing + cdiv(n_cols, config["BLOCK_N"]))
+            bwd_wide_kernel[(grid,)](
+                *tensors, sums, counters, n_rows, n_cols, rows_each, *strides,
+                **flags, **{**config, "SEGMENTS": next_power_of_2(segments)},
             )  # fmt: skip
-            if weight is not None or has_bias:
-                bwd_dw_kernel[(column_blocks, groups)](
-                    dy_layout.tensor, x_layout.tensor, mean, rstd, dw, db,
-                    n_rows, n_cols, rows_per_program, *strides, **with_bias, **config,
-                )  # fmt: skip
     return dx, dw.sum(0), db.sum(0)
 
 
 def _cpu_fwd(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, n_dims: int, eps: float, rms: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    x32 = x.float().flatten(-n_dims)
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n_dims: int,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = x.new_empty(0)
+    x32 = x.float()
+    if residual is not None:
+        total = (x32 + residual).to(residual.dtype).contiguous()
+        x32 = total.float()
+    x32 = x32.flatten(-n_dims)
     centred = x32 if rms else x32 - x32.mean(-1, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     y = centred * rstd
@@ -143,7 +173,7 @@ def _cpu_fwd(
     if bias is not None:
         y = y + bias.float().flatten()
     mean = x32.new_empty(0) if rms else x32.mean(-1).flatten()
-    return y.to(x.dtype).reshape(x.shape).contiguous(), mean, rstd.flatten()
+    return y.to(x.dtype).reshape(x.shape).contiguous(), total, mean, rstd.flatten()
 
 
 def _cpu_bwd(
@@ -155,6 +185,7 @@ def _cpu_bwd(
     has_bias: bool,
     n_dims: int,
     rms: bool,
+    dtotal: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n_cols = math.prod(x.shape[x.dim() - n_dims :])
     g, xhat = dy.float().reshape(-1, n_cols), x.float().reshape(-1, n_cols)
@@ -166,7 +197,10 @@ def _cpu_bwd(
     dx = g - xhat * (g * xhat).mean(-1, keepdim=True)
     if not rms:
         dx = dx - g.mean(-1, keepdim=True)
-    return (dx * rstd[:, None]).to(x.dtype).reshape(x.shape).contiguous(), dw, db
+    dx = (dx * rstd[:, None]).reshape(x.shape)
+    if dtotal is not None:
+        dx = dx + dtotal
+    return dx.to(x.dtype).contiguous(), dw, db
 
 
 @torch.library.custom_op("fastgpt_kernels::norm_fwd", mutates_args=())
@@ -175,15 +209,19 @@ def norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, float32 mean (empty for RMSNorm) and float32 rstd, one per row."""
     run = _launch_fwd if use_triton(input) else _cpu_fwd
-    return run(input, weight, bias, n_dims, eps, rms)
+    y, _, mean, rstd = run(input, None, weight, bias, n_dims, eps, rms)
+    return y, mean, rstd
+
+
+def _fake_statistics(input: Tensor, n_dims: int, rms: bool) -> tuple[Tensor, Tensor]:
+    n_rows = math.prod(input.shape[: input.dim() - n_dims])
+    rstd = input.new_empty(n_rows, dtype=torch.float32)
+    return rstd.new_empty(0) if rms else torch.empty_like(rstd), rstd
 
 
 @norm_fwd.register_fake
 def _(input, weight, bias, n_dims, eps, rms):
-    n_rows = math.prod(input.shape[: input.dim() - n_dims])
-    statistics = input.new_empty(n_rows, dtype=torch.float32)
-    mean = input.new_empty(0, dtype=torch.float32) if rms else torch.empty_like(statistics)
-    return input.new_empty(input.shape), mean, statistics
+    return input.new_empty(input.shape), *_fake_statistics(input, n_dims, rms)
 
 
 @torch.library.custom_op("fastgpt_kernels::norm_bwd", mutates_args=())
@@ -196,14 +234,15 @@ def norm_bwd(
     has_bias: bool,
     n_dims: int,
     rms: bool,
+    grad_total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx in the input's dtype; dw and db flat, in float32 (empty where not asked for)."""
+    """dx (+ grad_total) in the input's dtype; dw and db flat, float32 (empty if not asked for)."""
     run = _launch_bwd if use_triton(input) else _cpu_bwd
-    return run(grad, input, mean, rstd, weight, has_bias, n_dims, rms)
+    return run(grad, input, mean, rstd, weight, has_bias, n_dims, rms, grad_total)
 
 
 @norm_bwd.register_fake
-def _(grad, input, mean, rstd, weight, has_bias, n_dims, rms):
+def _(grad, input, mean, rstd, weight, has_bias, n_dims, rms, grad_total=None):
     n_cols = math.prod(input.shape[input.dim() - n_dims :])
     dw = input.new_empty(0 if weight is None else n_cols, dtype=torch.float32)
     db = input.new_empty(n_cols if has_bias else 0, dtype=torch.float32)
@@ -216,59 +255,117 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(input, weight, output[1], output[2])
 
 
-def _backward(ctx, grad, _grad_mean, _grad_rstd):
-    input, weight, mean, rstd = ctx.saved_tensors
+def _gradients(ctx, grad, grad_total=None):
+    x, weight, mean, rstd = ctx.saved_tensors
     has_bias = ctx.bias_like is not None
-    dx, dw, db = norm_bwd(grad, input, mean, rstd, weight, has_bias, ctx.n_dims, ctx.rms)
+    dx, dw, db = norm_bwd(grad, x, mean, rstd, weight, has_bias, ctx.n_dims, ctx.rms, grad_total)
     dw = None if weight is None else dw.to(weight.dtype).view(weight.shape)
     db = db.to(ctx.bias_like[1]).view(ctx.bias_like[0]) if has_bias else None
     return dx, dw, db, None, None, None
 
 
+def _backward(ctx, grad, _grad_mean, _grad_rstd):
+    return _gradients(ctx, grad)
+
+
 norm_fwd.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("fastgpt_kernels::add_norm_fwd", mutates_args=())
+def add_norm_fwd(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n_dims: int,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, input + residual in the residual's dtype, mean and rstd as ``norm_fwd``."""
+    run = _launch_fwd if use_triton(input) else _cpu_fwd
+    return run(input, residual, weight, bias, n_dims, eps, rms)
+
+
+@add_norm_fwd.register_fake
+def _(input, residual, weight, bias, n_dims, eps, rms):
+    statistics = _fake_statistics(input, n_dims, rms)
+    return input.new_empty(input.shape), residual.new_empty(input.shape), *statistics
+
+
+def _save_add(ctx, inputs, output):
+    input, _, weight, bias, ctx.n_dims, _, ctx.rms = inputs
+    ctx.dtype = input.dtype
+    ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
+    ctx.save_for_backward(output[1], weight, output[2], output[3])
+
+
+def _backward_add(ctx, grad, grad_total, _grad_mean, _grad_rstd):
+    dx, *rest = _gradients(ctx, grad, grad_total)
+    return dx.to(ctx.dtype), dx, *rest
+
+
+add_norm_fwd.register_autograd(_backward_add, setup_context=_save_add)
 
 
 _AOT_TYPES = {
     **dict.fromkeys(("mean_in", "rstd_in", "mean_out", "rstd_out"), "*fp32"),
-    **dict.fromkeys(("dw_partial", "db_partial"), "*fp32"),
-    **dict.fromkeys(("n_rows", "n_cols", "rows_per_program"), "i32"),
-    **dict.fromkeys(("x_outer", "x_step", "dy_outer", "dy_step"), "i32"),
-    "eps": "fp32",
+    **dict.fromkeys(("dw_partial", "db_partial", "sums"), "*fp32"),
+    **dict.fromkeys(("n_rows", "n_cols", "rows_per_program", "chunk_rows"), "i32"),
+    **{f"{name}_{part}": "i32" for name in ("x", "dy", "res", "dt") for part in ("outer", "step")},
+    **{"eps": "fp32", "counters": "*i32"},
 }
 _AOT_KERNELS = (
     ("norm_fwd", fwd_kernel, (16, 64, 256, 768, 2048, 4096, 8192, 16384, 65536)),
     ("norm_bwd_fused", bwd_fused_kernel, (16, 64, 256, 768, 2048, 4096, 8192)),
-    ("norm_bwd_dx", bwd_dx_kernel, (32768,)),
-    ("norm_bwd_dw", bwd_dw_kernel, (32768,)),
+    ("norm_bwd_wide", bwd_wide_kernel, (16384, 32768, 65536)),
 )
+_ADD_WIDTHS = (768, 4096, 8192, 32768, 65536)
 
 
 def aot_cases() -> list[AotCase]:
     """Instances for the static gate: contiguous input, weight and (LayerNorm) bias present."""
     cases = []
-    for (kernel, fn, widths), rms in itertools.product(_AOT_KERNELS, (False, True)):
+    for (kernel, fn, widths), rms, add in itertools.product(
+        _AOT_KERNELS, (False, True), (False, True)
+    ):
         for width, (name, dtype) in itertools.product(widths, AOT_DTYPES.items()):
-            tensors = dict.fromkeys(("x", "y", "dy", "dx", "weight", "bias"), f"*{name}")
+            if add and width not in _ADD_WIDTHS:
+                continue
+            pointers = ("x", "residual", "total", "y", "dy", "dtotal", "dx", "weight", "bias")
+            bucket = next_power_of_2(width)
+            inner = [f"{part}_inner" for part in ("x", "dy", "res", "dt")]
+            cols = [f"{part}_col" for part in ("x", "dy", "res", "dt")]
             constants = {
-                **{"RMS": rms, "HAS_WEIGHT": True, "HAS_BIAS": not rms},
-                **dict.fromkeys(("x_inner", "x_col", "dy_inner", "dy_col"), 1),
+                **{"RMS": rms, "HAS_RESIDUAL": add, "HAS_TOTAL": add},
+                **{"HAS_WEIGHT": True, "HAS_BIAS": not rms},
+                **dict.fromkeys((*inner, *cols), 1),
             }
-            label = f"{kernel}/{'rms' if rms else 'layer'}_{width}_{name}"
+            kind = f"{'add_' if add else ''}{'rms' if rms else 'layer'}"
             cases += aot_variants(
-                label, kernel, fn, dtype, next_power_of_2(width),
-                {**_AOT_TYPES, **tensors}, constants, ("n_cols", "x_outer", "dy_outer"),
+                f"{kernel}/{kind}_{width}_{name}", kernel, fn, dtype, bucket,
+                {**_AOT_TYPES, **dict.fromkeys(pointers, f"*{name}")}, constants,
+                ("n_cols", "x_outer", "dy_outer", "res_outer", "dt_outer"),
             )  # fmt: skip
     return cases
 
 
 def _checked_shape(
-    name: str, input: Tensor, normalized_shape: int | Sequence[int], *parameters: Tensor | None
+    name: str,
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    *parameters: Tensor | None,
+    residual: Tensor | None = None,
 ) -> tuple[int, ...]:
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or tuple(input.shape[input.dim() - len(shape) :]) != shape:
         raise ValueError(
             f"{name}: normalized_shape {shape} must be the last dims of the input, whose shape is "
             f"{tuple(input.shape)}"
+        )
+    if residual is not None and residual.shape != input.shape:
+        raise ValueError(
+            f"{name}: residual must have the input's shape {tuple(input.shape)}, got "
+            f"{tuple(residual.shape)}"
         )
     for parameter in parameters:
         if parameter is not None and tuple(parameter.shape) != shape:
@@ -339,3 +436,64 @@ def rms_norm(
     return F.rms_norm(input.to(wide), shape, None if weight is None else weight.to(wide), eps).to(
         input.dtype
     )
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """``layer_norm(input + residual, ...)`` and the sum, in one pass.
+
+    Args:
+        input: (..., *normalized_shape), as in ``layer_norm``: what a block adds to the stream.
+        residual: the residual stream, of the input's shape; it may be wider (float32 beside a
+            bfloat16 input).
+        normalized_shape: see ``layer_norm``, as the rest.
+        weight: see ``layer_norm``.
+        bias: see ``layer_norm``.
+        eps: added to the variance.
+
+    Returns:
+        The normalised sum in the input's dtype, and ``input + residual``, rounded once to the
+        residual's dtype: the residual of the next block. Both contiguous.
+
+    Raises:
+        ValueError: a shape does not match the input.
+    """
+    name = "add_layer_norm"
+    shape = _checked_shape(name, input, normalized_shape, weight, bias, residual=residual)
+    if use_triton(input):
+        return add_norm_fwd(input, residual, weight, bias, len(shape), eps, False)[:2]
+    total = (input + residual).to(residual.dtype)
+    return layer_norm(total, shape, weight, bias, eps).to(input.dtype), total
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``rms_norm(input + residual, ...)`` and the sum, in one pass.
+
+    Args:
+        input: see ``add_layer_norm``.
+        residual: see ``add_layer_norm``.
+        normalized_shape: see ``rms_norm``, as the rest.
+        weight: see ``rms_norm``.
+        eps: added to the mean square; the float32 machine epsilon if None.
+
+    Returns:
+        See ``add_layer_norm``, also for what it raises.
+    """
+    shape = _checked_shape("add_rms_norm", input, normalized_shape, weight, residual=residual)
+    if use_triton(input):
+        eps = torch.finfo(torch.float32).eps if eps is None else eps
+        return add_norm_fwd(input, residual, weight, None, len(shape), eps, True)[:2]
+    total = (input + residual).to(residual.dtype)
+    return rms_norm(total, shape, weight, eps).to(input.dtype), total

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from harness import LAYOUTS, compare
 
-from fastgpt_kernels import layer_norm, reference, rms_norm
+from fastgpt_kernels import add_layer_norm, add_rms_norm, layer_norm, reference, rms_norm
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(1, 3), (7, 41), (64, 768), (3, 5, 1023), (768, 64), (2, 4096)]
@@ -103,3 +103,28 @@ def test_wrong_shapes_are_named(shape, parameter, message):
     for norm in (layer_norm, rms_norm):
         with pytest.raises(ValueError, match=message):
             norm(torch.randn(4, 8), shape, w)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_norms_are_the_norm_of_the_sum(dtype):
+    x, w, b = _inputs((7, 41), dtype)
+    residual = torch.randn(7, 41).to(dtype)
+    for ours, plain, parameters in (
+        (add_layer_norm, layer_norm, (w, b)),
+        (add_rms_norm, rms_norm, (w,)),
+    ):
+        leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+        y, total = ours(*leaves, 41, *parameters)
+        assert torch.equal(total, x + residual)
+        assert torch.equal(y, plain(total, 41, *parameters))
+        (y * y + total).sum().backward()
+        assert torch.equal(leaves[0].grad, leaves[1].grad)
+
+
+def test_add_norms_keep_a_wider_residual():
+    x, residual = torch.randn(3, 8).bfloat16(), torch.randn(3, 8)
+    y, total = add_rms_norm(x, residual, 8)
+    assert (y.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+    for norm in (add_layer_norm, add_rms_norm):
+        with pytest.raises(ValueError, match="residual"):
+            norm(x, residual[:2], 8)

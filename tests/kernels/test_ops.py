@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 from harness import assert_unwritten, guard
 
 from fastgpt_kernels import (
@@ -40,6 +41,11 @@ def _cases():
     yield "norm_fwd", (_leaf(4, 3, 5, dtype=torch.bfloat16), _leaf(3, 5), None, 2, 1e-5, True)
     yield "norm_bwd", (x.detach(), x.detach(), rows, rows, w.detach(), True, 1, False)
     yield "norm_bwd", (x.detach(), x.detach(), rows[:0], rows, None, False, 1, True)
+    plain = x.detach()
+    yield "norm_bwd", (plain, plain, rows, rows, w.detach(), True, 1, False, plain)
+    yield "add_norm_fwd", (x, _leaf(6, 5, 8), w, b, 1, 1e-5, False)
+    stream = _leaf(5, 6, 8).detach().transpose(0, 1).requires_grad_()
+    yield "add_norm_fwd", (_leaf(6, 5, 8, dtype=torch.bfloat16), stream, None, None, 1, 1e-5, True)
     t = torch.tensor([0, 3, -100, 8, 1])
     options = (-100, 0.1, 1e-3, 5.0)
     yield "cross_entropy_fwd", (_leaf(5, 9), t, *options)

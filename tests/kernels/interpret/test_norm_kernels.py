@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import traffic
 from harness import LAYOUTS, assert_unwritten, compare, guard, huge_stride_rows, max_error
 
-from fastgpt_kernels import layer_norm, reference, rms_norm
+from fastgpt_kernels import (
+    add_layer_norm,
+    add_rms_norm,
+    layer_norm,
+    normalization,
+    reference,
+    rms_norm,
+)
 from fastgpt_kernels.normalization import norm_fwd
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -71,11 +81,73 @@ def test_rms_norm(rows, columns, dtype, layout, grad):
     _check_rms_norm(rows, columns, dtype, layout, grad)
 
 
+def _check_add_norms(rows, columns, dtype, layout, grad):
+    """Normalised sum and sum side by side, with a gradient of their own each."""
+    shape, (x, w, b) = (columns,), _inputs(rows, columns, dtype)
+    residual = torch.randn(rows, columns).to(dtype)
+    layouts = [layout, "padded", "contiguous", "contiguous"]
+
+    def plain(norm):
+        def run(x, residual, *parameters):
+            total = x + residual
+            return torch.stack((norm(total, shape, *parameters), total))
+
+        return run
+
+    compare(
+        lambda x, r, *parameters: torch.stack(add_layer_norm(x, r, shape, *parameters)),
+        plain(F.layer_norm),
+        plain(reference.layer_norm),
+        [x, residual, w, b],
+        layouts=layouts,
+        grad_output=grad,
+    )
+    compare(
+        lambda x, r, *parameters: torch.stack(add_rms_norm(x, r, shape, *parameters)),
+        plain(F.rms_norm),
+        plain(reference.rms_norm),
+        [x, residual, w],
+        layouts=layouts[:3],
+        grad_output=grad,
+    )
+
+
+@pytest.mark.parametrize(("rows", "columns", "dtype", "layout", "grad"), PAIRS)
+def test_add_norms(rows, columns, dtype, layout, grad):
+    _check_add_norms(rows, columns, dtype, layout, grad)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(("rows", "columns", "dtype", "layout", "grad"), FULL)
 def test_full_matrix(rows, columns, dtype, layout, grad):
     _check_layer_norm(rows, columns, dtype, layout, grad)
     _check_rms_norm(rows, columns, dtype, layout, grad)
+    _check_add_norms(rows, columns, dtype, layout, grad)
+
+
+@pytest.mark.parametrize("columns", [24, 9000])
+def test_the_residual_may_be_wider(columns):
+    """A float32 stream beside bfloat16 blocks: the sum is not rounded to bfloat16."""
+    x, r = torch.randn(3, columns).bfloat16(), torch.randn(3, columns)
+    leaves = [x.requires_grad_(), r.requires_grad_()]
+    y, total = add_rms_norm(*leaves, columns)
+    assert (y.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(total, x.float() + r)
+    grads = torch.randn(3, columns).bfloat16(), torch.randn(3, columns)
+    ours = torch.autograd.grad((y, total), leaves, grads)
+    exact = total.detach().double().requires_grad_()
+    out = reference.rms_norm(exact, (columns,))
+    (expected,) = torch.autograd.grad((out, exact), exact, [g.double() for g in grads])
+    assert [g.dtype for g in ours] == [torch.bfloat16, torch.float32]
+    assert max_error(ours[1], expected) < 1e-5
+    assert max_error(ours[0], expected) < 2**-7 * expected.abs().max()
+
+
+def test_only_one_of_the_two_outputs_used():
+    x = torch.randn(3, 24, requires_grad=True)
+    for index in (0, 1):
+        add_layer_norm(x, x, 24)[index].square().sum().backward()
+        assert x.grad.isfinite().all()
 
 
 @pytest.mark.full
@@ -174,3 +246,79 @@ def test_no_rows():
     layer_norm(leaf, 8, w).sum().backward()
     assert leaf.grad.shape == (0, 8)
     assert torch.equal(w.grad, torch.zeros(8))
+
+
+@pytest.mark.parametrize("columns", [64, 9000])
+def test_columns_beyond_31_bits(columns):
+    """A transposed input reaches as far along its columns as along its rows."""
+    x = huge_stride_rows(torch.randn(columns, 3).bfloat16()).t()
+    y, mean, rstd = norm_fwd(x, None, None, 1, 1e-5, False)
+    near = x.contiguous()
+    assert torch.equal(y, norm_fwd(near, None, None, 1, 1e-5, False)[0])
+    far_grad, near_grad = (
+        torch.ops.fastgpt_kernels.norm_bwd(g, g, mean, rstd, None, False, 1, False)[0]
+        for g in (x, near)
+    )
+    assert torch.equal(far_grad, near_grad)
+
+
+def _counted_backward(rows, columns, dtype, rms):
+    x, w, _ = _inputs(rows, columns, dtype)
+    grad = torch.randn(rows, columns).to(dtype)
+    _, mean, rstd = norm_fwd(x, w, None, 1, 1e-5, rms)
+    with traffic.count() as moved:
+        dx, *_ = torch.ops.fastgpt_kernels.norm_bwd(grad, x, mean, rstd, w, not rms, 1, rms)
+    return moved, x, grad, dx
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype", "rms"),
+    [(1024, 64, torch.bfloat16, False), (48, 8192, torch.float32, True)],
+)
+def test_backward_moves_what_it_must(rows, columns, dtype, rms):
+    """x and dy are read once, dx is written once; all the rest is within 5 % of them."""
+    moved, x, grad, dx = _counted_backward(rows, columns, dtype, rms)
+    assert moved.loads(x) == moved.loads(grad) == traffic.once(x)
+    assert moved.stores(dx) == traffic.once(dx)
+    compulsory = traffic.nbytes(x, grad, dx)
+    assert moved.loads().total + moved.stores().total <= 1.05 * compulsory
+
+
+class Cache:
+    """Least recently used lines of 128 bytes."""
+
+    def __init__(self, size):
+        self.lines, self.capacity, self.missed = collections.OrderedDict(), size // 128, 0
+
+    def touch(self, addresses):
+        for line in np.unique(addresses // 128).tolist():
+            self.missed += 128 * (line not in self.lines)
+            self.lines[line] = True
+            self.lines.move_to_end(line)
+            if len(self.lines) > self.capacity:
+                self.lines.popitem(last=False)
+
+
+def _missed(moved, size):
+    cache = Cache(size)
+    for access in sorted([*moved._loads, *moved._stores], key=lambda a: a.program):
+        cache.touch(access.addresses)
+    return cache.missed
+
+
+def test_wide_backward_reads_again_from_the_cache(monkeypatch):
+    """Two readings of x and dy, the second answered by an L2 cache that holds half of them."""
+    rows, columns, size = 120, 1024, 384 << 10
+    monkeypatch.setattr(normalization, "FUSED_BACKWARD_MAX", columns - 1)
+    monkeypatch.setattr(normalization, "INTERPRETED_L2", size)
+    moved, x, grad, dx = _counted_backward(rows, columns, torch.bfloat16, True)
+    for tensor in (x, grad):
+        assert moved.loads(tensor).total == 2 * traffic.nbytes(tensor)
+    assert moved.stores(dx) == traffic.once(dx)
+    compulsory = traffic.nbytes(x, grad, dx)
+    assert compulsory > 1.5 * size
+    assert _missed(moved, size) <= 1.05 * compulsory
+    # One chunk of all rows does not fit, and that shows.
+    monkeypatch.setattr(normalization, "INTERPRETED_L2", 1 << 30)
+    moved, *_ = _counted_backward(rows, columns, torch.bfloat16, True)
+    assert _missed(moved, size) > 1.3 * compulsory
