@@ -36,13 +36,13 @@ def _moments(
     """``top``, ``total`` and ``weighted`` of one row."""
     first, middle = _split_row(offset, n_cols, VEC)
     cols, edge = _edge_columns(first, middle, n_cols, VEC)
-    x = tl.load(logits + offset + cols * stride_col, mask=edge, other=float("-inf"))
-    x = _capped(x.to(tl.float32), softcap, inv_softcap, SOFTCAP)
-    x = tl.where(edge, x, float("-inf"))  # which a cap made finite
-    top = tl.maximum(tl.max(x, axis=0) * scale, LOWEST)
-    q = tl.maximum(tl.fma(x, scale, -top), NOTHING)
-    e = tl.exp2(q)
-    edge_total, edge_weighted = tl.sum(e, axis=0), tl.sum(e * q, axis=0)
+    edge_x = tl.load(logits + offset + cols * stride_col, mask=edge, other=float("-inf"))
+    edge_x = _capped(edge_x.to(tl.float32), softcap, inv_softcap, SOFTCAP)
+    edge_x = tl.where(edge, edge_x, float("-inf"))  # which a cap made finite
+    top = tl.maximum(tl.max(edge_x, axis=0) * scale, LOWEST)
+    edge_q = tl.maximum(tl.fma(edge_x, scale, -top), NOTHING)
+    edge_e = tl.exp2(edge_q)
+    edge_total, edge_weighted = tl.sum(edge_e, axis=0), tl.sum(edge_e * edge_q, axis=0)
     lanes = tl.arange(0, BLOCK)
     groups = lanes // VEC * VEC
     start_of_groups = logits + tl.multiple_of(offset + first * stride_col, VEC)
@@ -135,9 +135,9 @@ def log_prob_gradient_kernel(
             tl.debug_barrier()  # every thread has read the id's logit before any overwrites it
         first, middle = _split_row(offset, n_cols, VEC)
         cols, edge = _edge_columns(first, middle, n_cols, VEC)
-        x = tl.load(logits + offset + cols, mask=edge, other=0.0).to(tl.float32)
-        d = _element(x, top, a, b, scale, softcap, inv_softcap, SOFTCAP, ENTROPY)
-        tl.store(logits + offset + cols, d.to(logits.dtype.element_ty), mask=edge)
+        edge_x = tl.load(logits + offset + cols, mask=edge, other=0.0).to(tl.float32)
+        edge_d = _element(edge_x, top, a, b, scale, softcap, inv_softcap, SOFTCAP, ENTROPY)
+        tl.store(logits + offset + cols, edge_d.to(logits.dtype.element_ty), mask=edge)
         lanes = tl.arange(0, BLOCK)
         groups = lanes // VEC * VEC
         start_of_groups = logits + tl.multiple_of(offset + first, VEC)
