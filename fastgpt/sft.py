@@ -80,6 +80,8 @@ class SFTConfig:
             raise UsageError(f"--val-fraction {self.val_fraction:g}: at least 0 and below 1")
         if self.lora_rank < 0:
             raise UsageError(f"--lora-rank {self.lora_rank}: it must be at least 0")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise UsageError(f"--lora-alpha {self.lora_alpha:g}: it must be above 0")
         if self.stop_at is not None and self.stop_at < 1:
             raise UsageError(f"--stop-at {self.stop_at}: it must be at least 1")
 
