@@ -12,6 +12,7 @@
 
 #include "encoder.h"
 #include "parallel.h"
+#include "rank_merges.h"
 #include "span_encoder.h"
 #include "trainer.h"
 #include "unicode_ranges.h"
@@ -282,6 +283,22 @@ class PyTrainer {
   WordCounter counter_;
 };
 
+std::pair<std::vector<std::tuple<std::uint32_t, std::uint32_t, std::uint32_t>>, bool> rank_merges(
+    const std::vector<std::optional<py::bytes>>& tokens) {
+  std::vector<std::string_view> views;
+  views.reserve(tokens.size());
+  for (const auto& token : tokens) views.push_back(token ? bytes_view(*token) : std::string_view());
+  RankMerges found;
+  {
+    const py::gil_scoped_release release;
+    found = merges_of_ranks(views);
+  }
+  std::vector<std::tuple<std::uint32_t, std::uint32_t, std::uint32_t>> merges;
+  merges.reserve(found.merges.size());
+  for (const auto& [left, right, id] : found.merges) merges.emplace_back(left, right, id);
+  return {std::move(merges), found.has_unreachable};
+}
+
 // The places behind each piece of text.
 py::array_t<std::int64_t> piece_ends(const std::string& pattern, py::handle text) {
   const std::string_view view = text_view(text);
@@ -333,6 +350,7 @@ PYBIND11_MODULE(_bpe, m) {
   m.def("split", &fastgpt::split, py::arg("pattern"), py::arg("text"));
   m.def("piece_ends", &fastgpt::piece_ends, py::arg("pattern"), py::arg("text"));
   m.def("byte_ids", &fastgpt::byte_ids);
+  m.def("rank_merges", &fastgpt::rank_merges, py::arg("tokens"));
   py::class_<PyEncoder>(m, "Encoder")
       .def(py::init<const std::string&, std::vector<std::optional<py::bytes>>,
                     const std::vector<std::tuple<std::uint32_t, std::uint32_t, std::uint32_t>>&,

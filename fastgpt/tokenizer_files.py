@@ -23,6 +23,7 @@ from typing import Any
 
 from fastgpt import tokenizer_json
 from fastgpt.errors import DataError
+from fastgpt.tokenizer_bpe import core
 from fastgpt.tokenizer_json import MAX_ID, Vocabulary
 
 # The published files by their sha256: the pattern and the special tokens, which are not in them.
@@ -50,6 +51,8 @@ _OPENAI: dict[str, tuple[str, dict[str, int]]] = {
         {"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
     ),
 }
+# Ranks become merges in time with the square of this; the longest of o200k_base has 128 bytes.
+_MAX_TOKEN_BYTES = 1024
 _IN_A_DIRECTORY = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
@@ -129,48 +132,20 @@ def vocabulary_of_ranks(
 ) -> Vocabulary:
     """The vocabulary with the ids of tiktoken for the same ranks and pattern.
 
-    Raises ValueError for a rank that cannot be an id.
+    Raises ValueError for a rank that cannot be an id, and for a token over 1,024 bytes.
     """
     for token, rank in ranks.items():
         if not 0 <= rank <= MAX_ID or not token:
             raise ValueError(f"token {token!r}: rank {rank} is not between 0 and {MAX_ID}")
+        if len(token) > _MAX_TOKEN_BYTES:
+            raise ValueError(f"the token of rank {rank} is longer than {_MAX_TOKEN_BYTES} bytes")
     tokens: list[bytes | None] = [None] * (max(ranks.values(), default=-1) + 1)
-    merges = []
-    whole_pieces = False
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+    for token, rank in ranks.items():
         if tokens[rank] is not None:
             raise ValueError(f"tokens {tokens[rank]!r} and {token!r} have the same rank {rank}")
         tokens[rank] = token
-        if len(token) < 2:
-            continue
-        parts = _last_parts(token, ranks)
-        if len(parts) == 2:
-            merges.append((ranks[parts[0]], ranks[parts[1]], rank))
-        else:
-            # Merging never leads to this token; tiktoken gives it to whole pieces only.
-            whole_pieces = True
-    return Vocabulary(pattern, tuple(tokens), tuple(merges), dict(special_tokens), whole_pieces)
-
-
-def _last_parts(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    # What the token's own bytes merge to before the last step. As merges inside a token do not
-    # depend on what surrounds it, these are the only two parts it is ever made of; if more than
-    # two are left, merging never leads to it.
-    parts = [token[i : i + 1] for i in range(len(token))]
-    never = MAX_ID + 1
-    pairs = [ranks.get(token[i : i + 2], never) for i in range(len(token) - 1)]
-    while len(parts) > 2:
-        rank = min(pairs)
-        if rank == never:
-            break
-        i = pairs.index(rank)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        del pairs[i]
-        if i > 0:
-            pairs[i - 1] = ranks.get(parts[i - 1] + parts[i], never)
-        if i < len(pairs):
-            pairs[i] = ranks.get(parts[i] + parts[i + 1], never)
-    return parts
+    merges, has_unreachable = core().rank_merges(tokens)
+    return Vocabulary(pattern, tuple(tokens), tuple(merges), dict(special_tokens), has_unreachable)
 
 
 def _load_tiktoken(
@@ -205,6 +180,8 @@ def _load_tiktoken(
             raise DataError(f"{place}: rank {rank} also stands in line {taken[rank]}")
         if not token or token in ranks:
             raise DataError(f"{place}: an empty token, or one that is listed twice")
+        if len(token) > _MAX_TOKEN_BYTES:
+            raise DataError(f"{place}: a token longer than {_MAX_TOKEN_BYTES} bytes")
         ranks[token] = rank
         taken[rank] = number
     return vocabulary_of_ranks(ranks, pattern, _specials_of(path, special_tokens, taken))
