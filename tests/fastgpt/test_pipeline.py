@@ -1,0 +1,129 @@
+"""The pipeline's own part: what it runs, what it goes on with, and the page it writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fastgpt import pipeline
+from fastgpt.errors import DataError, PeerError, Preempted
+from fastgpt.examples import read_prompts
+from fastgpt.pipeline import PipelineConfig, commands, split_prompts, stage_table
+
+
+@pytest.fixture
+def config(tmp_path) -> PipelineConfig:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"p{i}", "answer": i}) for i in range(20)))
+    out = tmp_path / "demo"
+    out.mkdir()
+    return PipelineConfig(out=out, prompts=(path,), held_out=5, ppo="--steps 3 --seed 9")
+
+
+def test_prompts_held_out_are_no_prompts_of_ppo(config):
+    train, held_out = (
+        {p.messages[0]["content"]: p.reference for p in read_prompts([path])}
+        for path in split_prompts(config)
+    )
+    assert len(train) == 15
+    assert len(held_out) == 5
+    assert train | held_out == {f"p{i}": i for i in range(20)}
+    assert set(held_out) != {f"p{i}" for i in range(5)}
+
+
+def test_the_split_stays_when_the_command_is_given_again(config):
+    paths = split_prompts(config)
+    before = [path.read_bytes() for path in paths]
+    config.prompts[0].write_text('{"prompt": "other"}')
+    assert [path.read_bytes() for path in split_prompts(config)] == before
+
+
+def test_too_few_prompts_to_hold_some_out(config):
+    config.prompts[0].write_text('{"prompt": "only"}')
+    with pytest.raises(DataError, match="1 prompts, 5 of them to be held out"):
+        split_prompts(config)
+
+
+def words(config, stage) -> list[str]:
+    return [str(w) for w in commands(config, config.out / "t", config.out / "h")[stage]]
+
+
+def test_each_stage_starts_from_the_one_before(config):
+    out = str(config.out)
+    assert words(config, "sft") == ["--init", f"{out}/base", "--out", f"{out}/sft"]
+    assert words(config, "reward")[1] == f"{out}/sft"
+    ppo = words(config, "ppo")
+    assert ppo[: ppo.index("--prompts")] == ["--init", f"{out}/sft", "--reward", f"{out}/reward"]
+    assert ppo[-6:] == ["--steps", "3", "--seed", "9", "--out", f"{out}/rl"]
+    evaluate = words(config, "evaluate")
+    assert evaluate[1:4] == [f"{out}/base", f"{out}/sft", f"{out}/rl"]
+
+
+@pytest.fixture
+def child(monkeypatch):
+    """Stages that end with these codes; what was started."""
+    started: list[list[str]] = []
+
+    def let(*codes):
+        left = list(codes)
+
+        def run(arguments):
+            started.append(list(arguments[2:]))
+            return left.pop(0)
+
+        monkeypatch.setattr(pipeline, "_child", run)
+        return started
+
+    return let
+
+
+def run_all(config):
+    state = pipeline._State.open(config.out / "pipeline.json")
+    for stage, arguments in commands(config, config.out / "t", config.out / "h").items():
+        pipeline._run(stage, arguments, state, config.out)
+    return state
+
+
+def test_a_stopped_pipeline_goes_on_within_the_stage(config, child):
+    started = child(0, 75)
+    with pytest.raises(Preempted, match="sft was stopped"):
+        run_all(config)
+    (config.out / "sft").mkdir()
+    (config.out / "sft" / "config.toml").touch()
+    started.clear()
+    child(0, 0, 0, 0)
+    state = run_all(config)
+    assert started[0] == ["fastgpt.sft", "--resume", str(config.out / "sft")]
+    assert [line[0] for line in started[1:]] == [
+        "fastgpt.reward",
+        "fastgpt.ppo",
+        "fastgpt.evaluate",
+    ]
+    assert state.done == ["pretrain", "sft", "reward", "ppo", "evaluate"]
+    started.clear()
+    run_all(config)
+    assert started == []
+
+
+def test_a_failed_stage_ends_the_pipeline_with_its_code(config, child):
+    child(3)
+    with pytest.raises(PeerError) as error:
+        run_all(config)
+    assert error.value.exit_code == 3
+
+
+def test_a_damaged_state_is_named(config):
+    (config.out / "pipeline.json").write_text("{")
+    with pytest.raises(DataError, match=r"pipeline\.json: unreadable"):
+        run_all(config)
+
+
+def test_shares_and_costs_add_up():
+    metrics = {"pretrain": [{"step": 1, "tokens": 5}, {"step": 9, "tokens": 45}], "sft": []}
+    rows = stage_table(metrics, {"pretrain": 90.0, "sft": 30.0}, price_per_hour=3.0)
+    assert rows[0]["steps"] == 9
+    assert rows[0]["targets trained on"] == 45
+    assert [row["share"] for row in rows] == ["75 %", "25 %", "100 %"]
+    assert [row["cost"] for row in rows] == ["0.075", "0.025", "0.100"]
+    assert "cost" not in stage_table(metrics, {"sft": 30.0}, price_per_hour=0.0)[0]
