@@ -257,7 +257,7 @@ class FastGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{name: cache})  # pyright: ignore
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        weight = self.wte.weight if self.config.tied else self.head.weight
+        weight: Any = self.wte.weight if self.config.tied else self.head.weight
         logits = F.linear(hidden, weight).float()
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
