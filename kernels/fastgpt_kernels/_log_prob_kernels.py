@@ -106,7 +106,7 @@ def _element(
     else:
         d = tl.exp2(q) * a
     if SOFTCAP:
-        d *= _cap_slope(x, inv_softcap)
+        d *= _cap_slope(x, inv_softcap, SOFTCAP)
     return d
 
 
@@ -131,7 +131,8 @@ def log_prob_gradient_kernel(
         if ENTROPY:
             b = tl.load(row_b + row)
         if SOFTCAP:
-            own *= _cap_slope(_target_logit(logits, offset, id, n_cols, 1), inv_softcap)
+            own_x = _target_logit(logits, offset, id, n_cols, 1)
+            own *= _cap_slope(own_x, inv_softcap, SOFTCAP)
             tl.debug_barrier()  # every thread has read the id's logit before any overwrites it
         first, middle = _split_row(offset, n_cols, VEC)
         cols, edge = _edge_columns(first, middle, n_cols, VEC)

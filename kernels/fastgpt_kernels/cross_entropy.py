@@ -46,6 +46,11 @@ def soft_cap_arguments(softcap: float) -> tuple[float, float]:
     return (softcap, 1.0 / softcap) if softcap else (1.0, 1.0)
 
 
+def soft_cap_mode(softcap: float, dtype: torch.dtype) -> int:
+    """``SOFTCAP`` of the kernels: 0 without a cap, else 1 (FAST) or 2 (ACCURATE) by the logits."""
+    return 0 if softcap == 0 else 2 if dtype == torch.float32 else 1
+
+
 def _launch_fwd(
     input: Tensor,
     target: Tensor,
@@ -60,7 +65,9 @@ def _launch_fwd(
         return loss, top, total
     config = launch_config("loss", input.device, input.dtype, next_power_of_2(n_cols))
     flags: dict[str, Any] = {
-        "SOFTCAP": softcap != 0, "SMOOTHING": label_smoothing != 0, "VEC": vector_width(input)
+        "SOFTCAP": soft_cap_mode(softcap, input.dtype),
+        "SMOOTHING": label_smoothing != 0,
+        "VEC": vector_width(input),
     }  # fmt: skip
     stride_row, stride_col = input.stride()
     cap, inverse_cap = soft_cap_arguments(softcap)
@@ -96,7 +103,7 @@ def _launch_bwd(
         return out
     vec = vector_width(input) if out.stride() == input.stride() else 1
     config = launch_config("loss_gradient", input.device, input.dtype, next_power_of_2(n_cols))
-    flags: dict[str, Any] = {"SOFTCAP": softcap != 0, "VEC": vec}
+    flags: dict[str, Any] = {"SOFTCAP": soft_cap_mode(softcap, input.dtype), "VEC": vec}
     stride_row, stride_col = input.stride()
     cap, inverse_cap = soft_cap_arguments(softcap)
     with device_guard(input):
@@ -230,7 +237,7 @@ def aot_cases() -> list[AotCase]:
     sizes = itertools.product((256, 50257, 50304, 128256), AOT_DTYPES.items(), (False, True))
     for (n_cols, (name, dtype), options), (kernel, fn) in itertools.product(sizes, kernels):
         constants = {
-            "SOFTCAP": options,
+            "SOFTCAP": soft_cap_mode(float(options), dtype),
             "SMOOTHING": options,
             "VEC": 16 // dtype.itemsize,
             **dict.fromkeys(("stride_col", "stride_target", "stride_grad"), 1),

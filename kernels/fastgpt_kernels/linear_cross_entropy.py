@@ -39,6 +39,7 @@ from fastgpt_kernels.cross_entropy import (
     cross_entropy_fwd,
     reduce_rows,
     soft_cap_arguments,
+    soft_cap_mode,
     vector_width,
 )
 
@@ -59,7 +60,9 @@ def _chunk_loss_and_dlogits(
     cap, inverse_cap = soft_cap_arguments(softcap)
     config = launch_config("loss_gradient", logits.device, logits.dtype, next_power_of_2(n_cols))
     flags: dict[str, Any] = {
-        "SOFTCAP": softcap != 0, "SMOOTHING": label_smoothing != 0, "VEC": vector_width(logits)
+        "SOFTCAP": soft_cap_mode(softcap, logits.dtype),
+        "SMOOTHING": label_smoothing != 0,
+        "VEC": vector_width(logits),
     }  # fmt: skip
     with device_guard(logits):
         loss_gradient_kernel[(n_rows,)](

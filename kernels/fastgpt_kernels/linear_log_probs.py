@@ -42,7 +42,7 @@ from fastgpt_kernels._linear import (
     logits_into,
 )
 from fastgpt_kernels._log_prob_kernels import log_prob_gradient_kernel, log_prob_kernel
-from fastgpt_kernels.cross_entropy import soft_cap_arguments, vector_width
+from fastgpt_kernels.cross_entropy import soft_cap_arguments, soft_cap_mode, vector_width
 
 LOG2E = 1.4426950408889634
 
@@ -59,7 +59,9 @@ def _launch_fwd(
     step = chunk_rows(n_rows, n_cols)
     buffer = logits_buffer(hidden, weight, min(step, n_rows))
     config = launch_config("log_prob", hidden.device, hidden.dtype, next_power_of_2(n_cols))
-    flags: dict[str, Any] = {"SOFTCAP": softcap != 0, "VEC": vector_width(buffer)}
+    flags: dict[str, Any] = {
+        "SOFTCAP": soft_cap_mode(softcap, hidden.dtype), "VEC": vector_width(buffer)
+    }  # fmt: skip
     scale = inverse_temperature * LOG2E
     for start in range(0, n_rows, step):
         rows = slice(start, start + step)
@@ -96,7 +98,9 @@ def _launch_bwd(
     bucket = next_power_of_2(n_cols)
     config = launch_config("log_prob_gradient", hidden.device, hidden.dtype, bucket)
     flags: dict[str, Any] = {
-        "SOFTCAP": softcap != 0, "ENTROPY": with_entropy, "VEC": vector_width(buffer)
+        "SOFTCAP": soft_cap_mode(softcap, hidden.dtype),
+        "ENTROPY": with_entropy,
+        "VEC": vector_width(buffer),
     }  # fmt: skip
     scale = inverse_temperature * LOG2E
     a, b, own = (x * inverse_temperature for x in (a, b, own))
@@ -255,7 +259,7 @@ def aot_cases() -> list[AotCase]:
     for (n_cols, (name, dtype), cap), (kernel, fn, flags) in itertools.product(sizes, kernels):
         constants = {
             **flags,
-            "SOFTCAP": cap,
+            "SOFTCAP": soft_cap_mode(float(cap), dtype),
             "VEC": 16 // dtype.itemsize,
             **dict.fromkeys(("stride_col", "stride_ids"), 1),
         }
