@@ -44,15 +44,13 @@ class ActorCritic(nn.Module):
 
 @dataclass(frozen=True)
 class LossWeights:
-    """How the terms of the loss are weighed."""
+    """Clips, weights of terms, the estimator of the KL term and the temperature."""
 
     clip: float
     value_clip: float
     vf_coef: float
     entropy_coef: float
-    kl_loss_coef: float
     kl_loss: Literal["k2", "k3"]
-    ptx_coef: float
     temperature: float
 
 
@@ -97,9 +95,9 @@ def summed_loss(
         model: policy and value model.
         batch: ``tokens_BT``, ``places_N``, ``targets_BT`` (N), ``old_log_probs_N``,
             ``advantages_N``; with a value model ``old_values_N`` and ``returns_N``; with a KL term
-            ``ref_log_probs_N``; ``policy_weight`` (0-d), 0 while the value model warms up. With
-            ``inputs_BT`` the mean loss of that pretraining text is added: ``ptx_scale`` times the
-            sum over its targets ``ptx_targets_BT``.
+            ``ref_log_probs_N`` and its ``kl_loss_coef`` (0-d); ``policy_weight`` (0-d), 0 while the
+            value model warms up. With ``inputs_BT`` the loss of that pretraining text is added,
+            ``ptx_scale`` times the sum over its targets ``ptx_targets_BT``.
         weights: of the terms.
     """
     log_probs_N, entropy_N = token_log_probs(
@@ -113,9 +111,9 @@ def summed_loss(
     policy_N = rl.policy_loss(log_probs_N, old_N, batch["advantages_N"], clip=weights.clip)
     loss_N = policy_N - weights.entropy_coef * entropy_N
     kl_N = torch.zeros_like(policy_N)
-    if "ref_log_probs_N" in batch:
+    if "kl_loss_coef" in batch:
         kl_N = rl.kl_estimate(log_probs_N, batch["ref_log_probs_N"], weights.kl_loss)
-        loss_N = loss_N + weights.kl_loss_coef * kl_N
+        loss_N = loss_N + batch["kl_loss_coef"] * kl_N
     loss = batch["policy_weight"] * loss_N.sum()
     value_N = torch.zeros_like(policy_N)
     if model.value is not None:
