@@ -185,21 +185,21 @@ def attention_varlen(
     return _varlen(q_THD, k_SHD, v_SHD, cu_q, cu_k, *options)[0]
 
 
-@torch.library.custom_op("fastgpt_kernels::cpu_attention_decode", mutates_args=())
-def attention_decode(
+def _decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, starts: Tensor | None,
     scale: float, window: int, softcap: float,
 ) -> Tensor:  # fmt: skip
-    """The contract of `fastgpt_kernels.attention_decode`, on a CPU; window and softcap 0: none."""
     B, T, H, D = q.shape
-    S, HK = int(lengths.max()) if B else 0, k_cache.shape[2]
-    if not S or not q.numel():
+    HK, row_lengths = k_cache.shape[2], lengths.tolist()
+    S = min(max(row_lengths, default=0), k_cache.shape[1])
+    if S <= 0 or not q.numel():
         return torch.zeros(q.shape, dtype=q.dtype)
     # Query heads of a key head become rows: (B, HK, G * T, D).
     packed = q.transpose(1, 2).reshape(B, HK, H // HK * T, D)
     k, v = (x[:, :S].transpose(1, 2) for x in (k_cache, v_cache))
-    seen_BTS = _seen(T, S, lengths, starts, window)
-    mask = None if seen_BTS is None else seen_BTS.repeat(1, H // HK, 1).unsqueeze(1)
+    mask = None
+    if T > 1 or window or starts is not None or min(row_lengths) < S:
+        mask = _seen(T, S, lengths, starts, window).repeat(1, H // HK, 1).unsqueeze(1)
     if softcap:
         tanh = torch.tanh((packed.float() @ k.float().transpose(-1, -2)) * (scale / softcap))
         x = softcap * tanh if mask is None else (softcap * tanh).masked_fill(~mask, -math.inf)
@@ -209,10 +209,8 @@ def attention_decode(
     return out.reshape(B, H, T, D).transpose(1, 2).contiguous()
 
 
-def _seen(T: int, S: int, lengths: Tensor, starts: Tensor | None, window: int) -> Tensor | None:
-    """Which of the first S cached keys each new token sees, (B, T, S); None if all see all."""
-    if T == 1 and not window and starts is None and bool((lengths == S).all()):
-        return None
+def _seen(T: int, S: int, lengths: Tensor, starts: Tensor | None, window: int) -> Tensor:
+    """Which of the first S cached keys each new token sees, (B, T, S)."""
     position_BT1 = lengths[:, None, None] - T + torch.arange(T)[:, None]
     key_S = torch.arange(S)
     seen = key_S <= position_BT1
@@ -221,6 +219,20 @@ def _seen(T: int, S: int, lengths: Tensor, starts: Tensor | None, window: int) -
     return seen if starts is None else seen & (key_S >= starts[:, None, None])
 
 
-@attention_decode.register_fake
+_decode_op = torch.library.custom_op("fastgpt_kernels::cpu_attention_decode", mutates_args=())(
+    _decode
+)
+
+
+@_decode_op.register_fake
 def _(q, k_cache, v_cache, lengths, starts, scale, window, softcap):
     return q.new_empty(q.shape)
+
+
+def attention_decode(*arguments: Any) -> Tensor:
+    """The contract of `fastgpt_kernels.attention_decode`, on a CPU; window and softcap 0: none.
+
+    A compiler sees an operator, since lengths are data; without one that would cost a small model
+    as much as the attention.
+    """
+    return _decode_op(*arguments) if torch.compiler.is_compiling() else _decode(*arguments)

@@ -203,7 +203,7 @@ def attention(
         ValueError: shapes, dtypes or options that do not fit together.
     """
     _check(q_BHTD, k_BHSD, v_BHSD, scale, window, softcap, doc_start)
-    scale = q_BHTD.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(q_BHTD, scale)
     if not use_triton(q_BHTD):
         return cpu.attention(
             q_BHTD, k_BHSD, v_BHSD,
@@ -257,7 +257,7 @@ def attention_with_lse(
         ValueError: shapes, dtypes or options that do not fit together.
     """
     _check(q_BHTD, k_BHSD, v_BHSD, scale, window, softcap, doc_start)
-    scale = q_BHTD.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(q_BHTD, scale)
     if not use_triton(q_BHTD):
         return cpu_attention.attention_with_lse(
             q_BHTD, k_BHSD, v_BHSD,
@@ -294,6 +294,11 @@ def _check(
             f"attention: doc_start is {tuple(doc_start.shape)} {doc_start.dtype} on "
             f"{doc_start.device}; it must be {(B, T)} torch.int32 on {q.device}"
         )
+
+
+def default_scale(q: Tensor, scale: float | None) -> float:
+    """``scale``, or D ** -0.5 if it is None."""
+    return float(q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def check_types(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -24,7 +24,13 @@ from fastgpt_kernels._common import (
     use_triton,
 )
 from fastgpt_kernels._decode_kernels import combine_kernel, split_kernel
-from fastgpt_kernels.attention import check_positive, check_types, launch, score_factors
+from fastgpt_kernels.attention import (
+    check_positive,
+    check_types,
+    default_scale,
+    launch,
+    score_factors,
+)
 
 _PROGRAMS_PER_SM = 4  # what the smallest tiles leave room for, so that loads overlap
 _MAX_SPLITS = 128
@@ -122,7 +128,7 @@ def attention_decode(
     """
     _check(q_BTHD, k_cache_BSHD, v_cache_BSHD, cache_seqlens_B, cache_starts_B)
     check_positive("attention_decode", scale=scale, window=window, softcap=softcap)
-    scale = q_BTHD.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(q_BTHD, scale)
     starts = None if cache_starts_B is None else cache_starts_B.contiguous()
     run = _attention_decode if use_triton(q_BTHD) else _cpu_attention.attention_decode
     return run(

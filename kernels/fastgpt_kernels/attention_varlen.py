@@ -32,6 +32,7 @@ from fastgpt_kernels.attention import (
     check_positive,
     check_types,
     constants,
+    default_scale,
     launch,
     output_gradients,
     score_factors,
@@ -190,7 +191,7 @@ def attention_varlen(
         cu_seqlens_k = cu_seqlens_q
     _check(q_THD, k_SHD, v_SHD, cu_seqlens_q, cu_seqlens_k)
     check_positive("attention_varlen", scale=scale, window=window, softcap=softcap)
-    scale = q_THD.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(q_THD, scale)
     cu_q, cu_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     options = (causal, scale, window or 0, float(softcap or 0.0))
     if not use_triton(q_THD):

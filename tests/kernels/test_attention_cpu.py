@@ -110,9 +110,9 @@ def test_decode(T, options, row_lengths, dtype):
     def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return reference.attention_decode(q, k, v, row_lengths, **options)
 
-    def ours(*qkv: Tensor) -> Tensor:
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.no_grad():
-            return attention_decode(*qkv, row_lengths, **options)
+            return attention_decode(q, k, v, row_lengths, **options)
 
     harness.compare(
         ours=ours,
@@ -163,7 +163,7 @@ def test_operators_pass_opcheck():
         torch.library.opcheck(_cpu_attention._varlen_backward, (*saved, cu, cu, *options))
     cache = torch.randn(2, 9, 1, 16)
     arguments = (torch.randn(2, 1, 2, 16), cache, cache, ints(9, 3), None, 0.3, 0, 0.0)
-    torch.library.opcheck(_cpu_attention.attention_decode, arguments)
+    torch.library.opcheck(_cpu_attention._decode_op, arguments)
 
 
 def packed_loss(q: Tensor, k: Tensor, cu: Tensor) -> Tensor:

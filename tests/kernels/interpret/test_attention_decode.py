@@ -15,6 +15,7 @@ from fastgpt_kernels import reference
 from fastgpt_kernels.attention_decode import attention_decode
 
 module = importlib.import_module("fastgpt_kernels.attention_decode")
+VARIANTS: tuple[dict[str, Any], ...] = ({}, {"window": 50}, {"softcap": 2.0})
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -46,9 +47,9 @@ def judge(
     def native(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return reference.attention_decode(q, k, v, row_lengths, cache_starts_B=starts, **options)
 
-    def ours(*qkv: Tensor) -> Tensor:
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.no_grad():
-            return attention_decode(*qkv, row_lengths, cache_starts_B=starts, **options)
+            return attention_decode(q, k, v, row_lengths, cache_starts_B=starts, **options)
 
     harness.compare(
         ours=ours,
@@ -104,7 +105,7 @@ def test_options(options):
 def test_matrix(D, dtype):
     for T in (1, 2, 4, 17):
         for heads in ((1, 1), (2, 1), (8, 2)):
-            for options in ({}, {"window": 50}, {"softcap": 2.0}):
+            for options in VARIANTS:
                 judge(
                     T, lengths(257, 64, 0, 65, 2), S=260, D=D, heads=heads, dtype=dtype, **options
                 )

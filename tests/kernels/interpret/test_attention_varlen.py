@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from itertools import accumulate, pairwise
+from typing import Any
 
 import harness
 import pytest
@@ -15,6 +16,12 @@ from fastgpt_kernels import reference
 from fastgpt_kernels.attention import attention
 from fastgpt_kernels.attention_varlen import attention_varlen
 
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"window": 20},
+    {"softcap": 2.0},
+    {"causal": False},
+)
 module = importlib.import_module("fastgpt_kernels.attention_varlen")
 
 
@@ -158,7 +165,7 @@ def test_layouts(layouts):
 @pytest.mark.parametrize("D", [32, 40, 64, 80, 96, 128, 256])
 def test_matrix(D, dtype):
     for heads in ((1, 1), (4, 2), (4, 1)):
-        for options in ({}, {"window": 20}, {"softcap": 2.0}, {"causal": False}):
+        for options in VARIANTS:
             judge([1, 63, 0, 64, 65, 129], D=D, heads=heads, dtype=dtype, spare=5, **options)
             judge([17, 2, 128], [64, 0, 65], D=D, heads=heads, dtype=dtype, **options)
 
