@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,11 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.chat import end_id, render_prompt
+from fastgpt.config import TrainConfig
 from fastgpt.data import IGNORE_INDEX
+from fastgpt.distributed import World
 from fastgpt.errors import DataError, UsageError
+from fastgpt.examples import embedded
 from fastgpt.order import mix64, permute
 from fastgpt.packing import TARGET_GROUP, pack
-from fastgpt.rankings import Ranking
+from fastgpt.rankings import Ranking, read_rankings, untied
 from fastgpt.tokenizer import Tokenizer
 
 _CHUNK = 256  # comparisons that are packed together when all are gone through
@@ -213,7 +217,8 @@ class PackedComparisons:
 
             With ``predict`` also what the answers' log-probabilities need, filled up with -100 to a
             multiple of `TARGET_GROUP`: ``places_N`` int64, the place in front of each token of an
-            answer, ``ids_N`` int64, that token, ``owner_N`` int64, the answer it belongs to.
+            answer, ``ids_N`` int64, that token, and ``counts_R1`` int64, how many each answer has,
+            and behind them how many fill up.
         """
         texts = [ids for i in members for ids in self.comparisons[i].answers]
         packed = pack(np.array([len(ids) for ids in texts], dtype=np.int64), self.seq_len)
@@ -269,12 +274,11 @@ class PackedComparisons:
                 for begin, p, n in zip(begins, prompts, counts, strict=True)
             ]
         )
-        owner = np.repeat(np.arange(len(texts)), counts)
         fill = -len(ids) % TARGET_GROUP
         return {
             "places_N": np.pad(places, (0, fill)),
             "ids_N": np.pad(ids, (0, fill), constant_values=IGNORE_INDEX),
-            "owner_N": np.pad(owner, (0, fill)),
+            "counts_R1": np.array([*counts, fill], dtype=np.int64),
         }
 
 
@@ -308,6 +312,68 @@ def all_pairs(
         first += len(c.answers)
     weights = np.array([1 / len(c.pairs) for c in comparisons for _ in c.pairs])
     return pairs, weights, np.array([d for c in comparisons for d in c.differences])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Training and validation set, and the prompts of an optimizer step."""
+
+    train: PackedComparisons
+    val: PackedComparisons | None
+    prompts: int
+
+
+def prepare(
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    settings: TrainConfig,
+    *,
+    context: int,
+    val_fraction: float,
+    batch_prompts: int | None,
+    on_long: Literal["error", "skip"],
+    world: World,
+    needs_scores: str = "",
+) -> Prepared:
+    """Read, split, encode and pack rankings; rank 0 says how many there are.
+
+    Args:
+        paths: files; without any, the embedded rankings.
+        tokenizer: with the chat's tokens.
+        settings: lengths, batch and seed.
+        context: of the model.
+        val_fraction: part of the prompts that is held out.
+        batch_prompts: prompts of a step, None for what ``settings.batch_tokens`` hold.
+        on_long: see `encode`; held-out prompts that are too long are left out.
+        world: its size divides a step.
+        needs_scores: the flag that has no meaning for rankings without scores.
+    """
+    seq_len = row_length(settings.seq_len, context)
+    rankings = read_rankings(paths or (embedded("rankings"),))
+    bad = next((r for r in rankings if needs_scores and not r.scored), None)
+    if bad is not None:
+        where = f"{bad.source}:{bad.line}"
+        raise UsageError(f"{needs_scores} needs 'scores', and {where} has none; leave it out")
+    say = print if world.rank == 0 else _nothing
+    kept = untied(rankings)
+    held_out, learned = split(kept, val_fraction, settings.seed)
+    rows = micro_rows(settings.micro_batch, seq_len, world.device)
+    comparisons = encode(learned, tokenizer, seq_len, on_long, say)
+    train = PackedComparisons(comparisons, seq_len, rows, seed=settings.seed)
+    held = encode(held_out, tokenizer, seq_len, "skip", _nothing)
+    val = PackedComparisons(held, seq_len, rows) if held else None
+    prompts = prompts_per_step(train, batch_prompts, settings.batch_tokens, world.size)
+    tied = len(rankings) - len(kept)
+    say(
+        f"{len(train)} rankings with {train.n_answers} answers and "
+        f"{sum(len(c.pairs) for c in comparisons)} pairs, {prompts} a step; {len(held)} held out"
+        + (f"; {tied} left out, for all their answers are tied" if tied else "")
+    )
+    return Prepared(train, val, prompts)
+
+
+def _nothing(message: str) -> None:
+    """For processes that print nothing."""
 
 
 def pair_loss(advantages_P: Tensor, weights_P: Tensor, *, smoothing: float = 0.0) -> Tensor:

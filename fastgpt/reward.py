@@ -308,54 +308,32 @@ def _prepare(
     world: World,
 ) -> tuple[RewardConfig, Stage]:
     """Data, and the configuration with what it decides."""
-    from fastgpt.examples import embedded
-    from fastgpt.preferences import (
-        PackedComparisons,
-        encode,
-        micro_rows,
-        prompts_per_step,
-        row_length,
-        split,
-    )
-    from fastgpt.rankings import read_rankings, untied
+    from fastgpt.preferences import prepare
     from fastgpt.run import save_config
 
     settings = config.train
-    seq_len = row_length(settings.seq_len, config.model.context)
-    rankings = read_rankings(config.data or (embedded("rankings"),))
-    if config.margin and not all(ranking.scored for ranking in rankings):
-        bad = next(ranking for ranking in rankings if not ranking.scored)
-        raise UsageError(f"--margin needs 'scores', {bad.source}:{bad.line} has none; leave it out")
-    said = print if world.rank == 0 else _nothing
-    kept = untied(rankings)
-    held_out, learned = split(kept, config.val_fraction, settings.seed)
-    rows = micro_rows(settings.micro_batch, seq_len, world.device)
-    comparisons = encode(learned, tokenizer, seq_len, config.on_long, said)
-    train_set = PackedComparisons(comparisons, seq_len, rows, seed=settings.seed)
-    held = encode(held_out, tokenizer, seq_len, "skip", _nothing)
-    val_set = PackedComparisons(held, seq_len, rows) if held else None
-    prompts = prompts_per_step(train_set, config.batch_prompts, settings.batch_tokens, world.size)
-    steps = settings.steps or max(1, round(config.epochs * len(train_set) / prompts))
+    data = prepare(
+        config.data,
+        tokenizer,
+        settings,
+        context=config.model.context,
+        val_fraction=config.val_fraction,
+        batch_prompts=config.batch_prompts,
+        on_long=config.on_long,
+        world=world,
+        needs_scores="--margin" if config.margin else "",
+    )
+    steps = settings.steps or max(1, round(config.epochs * len(data.train) / data.prompts))
     config = dataclasses.replace(
-        config, batch_prompts=prompts, train=dataclasses.replace(settings, steps=steps)
+        config, batch_prompts=data.prompts, train=dataclasses.replace(settings, steps=steps)
     )
     samples = None
     if writer is not None and config.norm_samples:
-        ids = sample_answers(writer, tokenizer, train_set, config)
-        samples = packed_samples(ids, train_set)
+        samples = packed_samples(sample_answers(writer, tokenizer, data.train, config), data.train)
     if world.rank == 0:
         save_config(config, run)
-        pairs = sum(len(c.pairs) for c in comparisons)
-        said(
-            f"{len(comparisons)} rankings with {train_set.n_answers} answers and {pairs} pairs, "
-            f"{len(held)} rankings held out, {len(rankings) - len(kept)} without an untied pair "
-            f"left out; {prompts} prompts a step"
-        )
-    return config, Stage(model, world, prompts, config.margin, train_set, val_set, samples)
-
-
-def _nothing(message: str) -> None:
-    """For processes that print nothing."""
+    stage = Stage(model, world, data.prompts, config.margin, data.train, data.val, samples)
+    return config, stage
 
 
 def sample_answers(
