@@ -169,10 +169,19 @@ def step_batches(
 
 
 def all_batches(
-    packed: PackedExamples, micro_batch_size: int, *, rank: int = 0, world_size: int = 1
+    packed: PackedExamples,
+    micro_batch_size: int,
+    max_batches: int | None = None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Every example once, in batches of one shape; rank r takes every world_size-th of them."""
+    """Every example once, in batches of one shape; rank r takes every world_size-th of them.
+
+    ``max_batches`` bounds the batches over all ranks; which examples they hold is always the same.
+    """
     rows = packed.epoch(0)
     rows = rows + [[]] * (-len(rows) % micro_batch_size)
-    for start in range(rank * micro_batch_size, len(rows), world_size * micro_batch_size):
+    end = len(rows) if max_batches is None else min(len(rows), max_batches * micro_batch_size)
+    for start in range(rank * micro_batch_size, end, world_size * micro_batch_size):
         yield packed.batch(rows[start : start + micro_batch_size])

@@ -140,6 +140,7 @@ def sft(config: SFTConfig, world: World) -> None:
     batch_size, micro = batch_shape(cast(PretrainConfig, config), world)
     bytes_per_id = tokenizer.bytes_per_id()
     ranks = {"rank": world.rank, "world_size": world.size}
+    max_batches = -(-settings.eval_tokens // (micro * data.train.seq_len)) or None
 
     def batches(step: int):
         return step_batches(
@@ -149,7 +150,7 @@ def sft(config: SFTConfig, world: World) -> None:
     def evaluate() -> dict[str, float]:
         from fastgpt.evaluation import evaluate_loss
 
-        val = cast(Any, all_batches(data.val, micro, **ranks)) if data.val else ()
+        val = cast(Any, all_batches(data.val, micro, max_batches, **ranks)) if data.val else ()
         return evaluate_loss(model, val, loss_fn, bytes_per_id, world)
 
     result = train(
@@ -278,7 +279,7 @@ def _prepare(
     if world.rank == 0:
         save_config(config, run)
         said(
-            f"{len(learned)} chats in {len(train_set)} rows of {seq_len}, {train_set.targets} of "
+            f"{len(train_set.lengths)} chats in {len(train_set)} rows of {seq_len}, {train_set.targets} of "
             f"{train_set.lengths.sum()} tokens to learn; {len(held_out)} chats held out"
         )
     return config, _Data(train_set, val_set, held_out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import socket
 import tomllib
@@ -116,14 +117,28 @@ def test_a_finetuned_run_can_be_finetuned(finished, shell, chats, tmp_path):
     assert log(tmp_path / "run")[0]["loss"] < log(finished[0])[2]["loss"]
 
 
+def test_without_data_it_is_the_embedded_chats(sft, base_run, shell, tmp_path):
+    """Rows of the tiny model hold few of them."""
+    arguments = ("--init", base_run[0], "--out", tmp_path / "run", "--on-long", "skip", *OPTIONS)
+    done = shell.run("sft", *arguments, "--steps", 2)
+    assert done.status == 0, done.out
+    used, left_out = (
+        int(re.search(pattern, done.out)[1])  # pyright: ignore[reportOptionalSubscript]
+        for pattern in (r"(\d+) chats in ", r"(\d+) chats are left out")
+    )
+    assert used + left_out == 5856 - round(0.05 * 5856)
+    assert "chats are left out: the assistant speaks beyond --seq-len 32" in done.out
+
+
 VARIANTS = {
     "all weights": [],
     "adamw": ["--optimizer", "adamw", "--micro-batch", 2, "--dtype", "bfloat16"],
     "lora": ["--lora-rank", 3],
 }
+FULL = pytest.mark.full
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["all weights", pytest.param("adamw", marks=FULL), "lora"])
 def test_a_resumed_run_equals_an_uninterrupted_one(variant, sft, tmp_path):
     """Also over the end of an epoch: there are 17 rows, 4 a step."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -165,7 +180,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("options", [[], ["--lora-rank", 2]], ids=["all weights", "lora"])
+@pytest.mark.parametrize("options", [[], pytest.param(["--lora-rank", 2], marks=FULL)])
 def test_two_processes_train_as_one_does(options, shell, base_run, chats, sft, tmp_path):
     """What torchrun starts; ranks have rows with unequal numbers of targets."""
     one, two = tmp_path / "one", tmp_path / "two"

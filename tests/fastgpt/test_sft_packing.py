@@ -168,6 +168,14 @@ def test_all_batches_has_each_example_once(world_size):
         for batch in all_batches(packed, 4, rank=rank, world_size=world_size)
     ]
     assert {batch["inputs_BT"].shape for batch in batches} == {(4, T)}
+    first = [
+        b
+        for r in range(world_size)
+        for b in all_batches(packed, 4, 2, rank=r, world_size=world_size)
+    ]
+    assert count([e for b in first for e in unpacked(b)]) == count(
+        [e for b in list(all_batches(packed, 4))[:2] for e in unpacked(b)]
+    )
     assert count([e for batch in batches for e in unpacked(batch)]) == count(expected(examples))
 
 
