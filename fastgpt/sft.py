@@ -279,8 +279,9 @@ def _prepare(
     if world.rank == 0:
         save_config(config, run)
         said(
-            f"{len(train_set.lengths)} chats in {len(train_set)} rows of {seq_len}, {train_set.targets} of "
-            f"{train_set.lengths.sum()} tokens to learn; {len(held_out)} chats held out"
+            f"{len(train_set.lengths)} chats in {len(train_set)} rows of {seq_len}, "
+            f"{train_set.targets} of {train_set.lengths.sum()} tokens to learn; "
+            f"{len(held_out)} chats held out"
         )
     return config, _Data(train_set, val_set, held_out)
 
