@@ -26,42 +26,40 @@ LOWEST = tl.constexpr(-1.0e30)  # below any scaled logit, and finite: -inf - -in
 
 
 @triton.jit
-def _sigmoid_of_twice(x, inv_softcap):
-    """1 / (1 + exp(-2 x / softcap)) = (1 + tanh(x / softcap)) / 2, to a few units of 2^-23."""
-    root = tl.rsqrt(1.0 + tl.exp2(x * (-2.0 * LOG2E * inv_softcap)))
-    return root * root  # where a division is seven instructions
+def _sigmoid_of_twice(x, inv_softcap, SOFTCAP: tl.constexpr):
+    """g = 1 / (1 + exp(-2 x / softcap)) = (1 + tanh(x / softcap)) / 2."""
+    below = 1.0 + tl.exp2(x * (inv_softcap * (-2.0 * LOG2E)))
+    if SOFTCAP == FAST:  # two instructions where a division is seven, exact to 2^-21
+        root = tl.rsqrt(below)
+        return root * root
+    else:
+        return 1.0 / below
 
 
 @triton.jit
 def _capped(x, softcap, inv_softcap, SOFTCAP: tl.constexpr):
-    """``softcap * tanh(x / softcap)``, of a mode that ``soft_cap_arguments`` gives.
+    """``softcap * tanh(x / softcap)`` in the mode that ``soft_cap_mode`` gives.
 
-    FAST is exact to 2^-21 softcap, which is nothing beside the rounding of 16-bit logits. ACCURATE
-    takes the series near 0, where the quotient would cancel.
+    FAST is exact to 2^-20 softcap, which is nothing beside the rounding of 16-bit logits. ACCURATE
+    takes the series near 0, where 2 g - 1 cancels.
     """
-    if SOFTCAP == FAST:
-        x = tl.fma(_sigmoid_of_twice(x, inv_softcap), 2.0 * softcap, -softcap)
-    elif SOFTCAP == ACCURATE:
-        u = x * inv_softcap
-        e = tl.exp2(tl.minimum(u * (-2.0 * LOG2E), 40.0))
-        u2 = u * u
-        series = u * (1.0 + u2 * (-1 / 3 + u2 * (2 / 15 + u2 * (-17 / 315 + u2 * (62 / 2835)))))
-        x = softcap * tl.where(u2 < 0.0625, series, (1.0 - e) * (1.0 / (1.0 + e)))
+    if SOFTCAP:
+        g = _sigmoid_of_twice(x, inv_softcap, SOFTCAP)
+        if SOFTCAP == FAST:
+            x = tl.fma(g, 2.0 * softcap, -softcap)
+        else:
+            u = x * inv_softcap
+            u2 = u * u
+            series = 1.0 + u2 * (-1 / 3 + u2 * (2 / 15 + u2 * (-17 / 315 + u2 * (62 / 2835))))
+            x = softcap * tl.where(u2 < 0.0625, u * series, tl.fma(g, 2.0, -1.0))
     return x
 
 
 @triton.jit
 def _cap_slope(x, inv_softcap, SOFTCAP: tl.constexpr):
-    """Derivative of ``_capped``, 1 - tanh^2, without cancellation; 1 without a cap."""
-    slope = 1.0
-    if SOFTCAP == FAST:
-        g = _sigmoid_of_twice(x, inv_softcap)
-        slope = 4.0 * tl.fma(-g, g, g)
-    elif SOFTCAP == ACCURATE:
-        e = tl.exp2(tl.minimum(x * inv_softcap * (-2.0 * LOG2E), 40.0))
-        g = 1.0 / (1.0 + e)
-        slope = 4.0 * e * g * g
-    return slope
+    """Derivative of ``_capped``, 1 - tanh^2 = 4 g (1 - g)."""
+    g = _sigmoid_of_twice(x, inv_softcap, SOFTCAP)
+    return 4.0 * tl.fma(-g, g, g)
 
 
 @triton.jit
@@ -227,7 +225,9 @@ def gradient_kernel(
     stride_grad, stride_out, ignore_index, label_smoothing, z_loss, softcap, inv_softcap,
     SOFTCAP: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of every row from the statistics saved by ``loss_kernel``, out of place."""
+    """Gradient of every row from the statistics saved by ``loss_kernel``; ``out`` may be ``logits``,
+    columns adjacent.
+    """
     row = tl.program_id(0).to(tl.int64)
     target_col = tl.load(target + row * stride_target)
     out_offset = row * stride_out
@@ -237,6 +237,7 @@ def gradient_kernel(
         offset = row * stride_row
         x = _target_logit(logits, offset, target_col, n_cols, stride_col)
         top, total = tl.load(row_top + row), tl.load(row_total + row)
+        tl.debug_barrier()  # in place: all have read the target's logit before any overwrites it
         _gradient(
             logits, offset, out, out_offset, target_col, x, top, total,
             tl.load(grad + row * stride_grad), n_cols, stride_col,

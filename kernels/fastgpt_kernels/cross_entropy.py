@@ -8,9 +8,10 @@ z = z_loss::
     d loss / d x_v = (1 + 2 z lse) exp(x_v - lse) - e / V - [v = t] (1 - e)    (times 1 - tanh^2)
 
 The forward reads the logits once (online softmax, arXiv:1805.02867) and keeps two floats a row; the
-backward recomputes the probabilities from them and writes the gradient into new memory. How the
-exponent stays exact and why an odd vocabulary keeps 128-bit access: ``_loss_kernels``. The z-loss
-is PaLM's (arXiv:2204.02311, section 5), the cap Gemma 2's (arXiv:2408.00118).
+backward recomputes the probabilities from them and writes the gradient into new memory, or on
+request over the logits. How the exponent stays exact and why an odd vocabulary keeps 128-bit
+access: ``_loss_kernels``. The z-loss is PaLM's (arXiv:2204.02311, section 5), the cap Gemma 2's
+(arXiv:2408.00118).
 
 Shapes: input (N, V) of any strides; target (N,); everything per row is (N,) float32.
 """
@@ -96,9 +97,9 @@ def _launch_bwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    out: Tensor,
 ) -> Tensor:
     n_rows, n_cols = input.shape
-    out = _gradient_like(input)
     if n_rows == 0:
         return out
     vec = vector_width(input) if out.stride() == input.stride() else 1
@@ -150,6 +151,7 @@ def _cpu_bwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    out: Tensor,
 ) -> Tensor:
     x = _capped(input.float(), softcap)
     kept = target != ignore_index
@@ -160,7 +162,6 @@ def _cpu_bwd(
     d = torch.where(kept[:, None], d * grad[:, None], 0.0)
     if softcap:
         d = d * (1.0 - torch.tanh(input.float() / softcap).square())
-    out = _gradient_like(input)
     return out.copy_(d)
 
 
@@ -172,6 +173,7 @@ def cross_entropy_fwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of every row and the two floats its backward needs (their scale is the device's own)."""
     run = _launch_fwd if use_triton(input) else _cpu_fwd
@@ -179,7 +181,7 @@ def cross_entropy_fwd(
 
 
 @cross_entropy_fwd.register_fake
-def _(input, target, ignore_index, label_smoothing, z_loss, softcap):
+def _(input, target, ignore_index, label_smoothing, z_loss, softcap, inplace_backward=False):
     rows = input.new_empty(input.shape[0], dtype=torch.float32)
     return rows, torch.empty_like(rows), torch.empty_like(rows)
 
@@ -198,7 +200,8 @@ def cross_entropy_bwd(
 ) -> Tensor:
     """Gradient of ``sum(grad * loss)`` with respect to the logits, in their dtype."""
     run = _launch_bwd if use_triton(input) else _cpu_bwd
-    return run(grad, input, target, top, total, ignore_index, label_smoothing, z_loss, softcap)
+    options = ignore_index, label_smoothing, z_loss, softcap
+    return run(grad, input, target, top, total, *options, _gradient_like(input))
 
 
 @cross_entropy_bwd.register_fake
@@ -206,14 +209,42 @@ def _(grad, input, target, top, total, ignore_index, label_smoothing, z_loss, so
     return _gradient_like(input)
 
 
+@torch.library.custom_op("fastgpt_kernels::cross_entropy_bwd_inplace", mutates_args=("input",))
+def cross_entropy_bwd_inplace(
+    grad: Tensor,
+    input: Tensor,
+    target: Tensor,
+    top: Tensor,
+    total: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> None:
+    """``cross_entropy_bwd`` in the memory of the logits, whose columns are adjacent."""
+    run = _launch_bwd if use_triton(input) else _cpu_bwd
+    options = ignore_index, label_smoothing, z_loss, softcap
+    run(grad, input, target, top, total, *options, input)
+
+
+@cross_entropy_bwd_inplace.register_fake
+def _(grad, input, target, top, total, ignore_index, label_smoothing, z_loss, softcap):
+    return None
+
+
 def _save(ctx, inputs, output):
-    input, target, *ctx.options = inputs
+    input, target, *ctx.options, ctx.inplace = inputs
     ctx.save_for_backward(input, target, output[1], output[2])
 
 
 def _backward(ctx, grad, _grad_top, _grad_total):
-    d = cross_entropy_bwd(grad, *ctx.saved_tensors, *ctx.options)
-    return d, None, None, None, None, None
+    input = ctx.saved_tensors[0].detach()
+    arguments = grad, input, *ctx.saved_tensors[1:], *ctx.options
+    if ctx.inplace and input.stride(1) == 1 and input.stride(0) >= input.shape[1]:
+        # Counts as a change of the logits, so whoever still needs their values gets PyTorch's error
+        cross_entropy_bwd_inplace(*arguments)
+        return input, *[None] * 6
+    return cross_entropy_bwd(*arguments), *[None] * 6
 
 
 cross_entropy_fwd.register_autograd(_backward, setup_context=_save)
@@ -314,11 +345,13 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    inplace_backward: bool = False,
 ) -> Tensor:
     """``torch.nn.functional.cross_entropy`` on class indices, in float32, plus z-loss and soft cap.
 
     Args:
-        input_NV: logits (N, V), any strides, float32, float16 or bfloat16; never written to.
+        input_NV: logits (N, V), any strides, float32, float16 or bfloat16; not written to unless
+            ``inplace_backward`` says so.
         target_N: class indices (N,), any integer dtype. On a GPU an index outside [0, V) other than
             ``ignore_index`` makes its row's loss NaN; on the CPU it raises.
         ignore_index: rows with this target have loss 0, gradient exactly 0, no share in the mean.
@@ -327,6 +360,9 @@ def cross_entropy(
         label_smoothing: weight of the uniform distribution in the target.
         z_loss: coefficient of the squared log-partition.
         softcap: logits are replaced by ``softcap * tanh(logits / softcap)``.
+        inplace_backward: let the backward write the gradient over the logits, which saves memory of
+            their size. Whatever else saved them for its backward, and a second backward, raises
+            RuntimeError. Logits with gaps between columns or shared rows are left alone.
 
     Returns:
         float32 scalar, or (N,) for reduction "none" (float64 for float64 logits on the CPU).
@@ -341,8 +377,8 @@ def cross_entropy(
         )
     check_options("cross_entropy", input_NV.shape[0], target_N, reduction, label_smoothing, softcap)
     options = ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0)
-    if use_triton(input_NV):
-        loss_N = cross_entropy_fwd(input_NV, target_N, *options)[0]
+    if use_triton(input_NV) or inplace_backward:
+        loss_N = cross_entropy_fwd(input_NV, target_N, *options, inplace_backward)[0]
     else:
         loss_N = _plain(input_NV, target_N, *options)
     return reduce_rows(loss_N, target_N, ignore_index, reduction)

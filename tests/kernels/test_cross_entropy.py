@@ -75,6 +75,50 @@ def test_low_precision_logits_give_a_float32_loss():
     assert abs(cross_entropy(x, t) - exact) < 1e-6 * exact
 
 
+def _through_a_layer(x, t, view=lambda x: x, **options):
+    """Gradient of x, and whether the logits' gradient lay in the logits' memory."""
+    leaf, same = x.clone().requires_grad_(), []
+    logits = view(leaf * 1.0)
+    logits.register_hook(lambda grad: same.append(grad.data_ptr() == logits.data_ptr()))
+    cross_entropy(logits, t, **options).backward()
+    return leaf.grad, *same
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradient_over_the_logits_on_request(dtype, options):
+    x, t = torch.randn(7, 41).to(dtype), torch.randint(41, (7,))
+    t[2] = options.get("ignore_index", -100)
+    options = {**options, "reduction": "sum"}
+    expected, shared = _through_a_layer(x, t, **options)
+    ours, inplace = _through_a_layer(x, t, **options, inplace_backward=True)
+    assert (shared, inplace) == (False, True)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("view", [lambda x: x.t(), lambda x: x[:1].expand(7, 7)])
+def test_logits_that_cannot_hold_their_gradient_are_left_alone(view):
+    x, t = torch.randn(7, 7), torch.arange(7)
+    ours, inplace = _through_a_layer(x, t, view, inplace_backward=True)
+    assert not inplace
+    torch.testing.assert_close(ours, _through_a_layer(x, t, view)[0])
+
+
+def test_in_place_twice_or_beside_another_use_raises():
+    x = torch.randn(4, 9, requires_grad=True)
+    logits = x * 1.0
+    loss = cross_entropy(logits, torch.arange(4), inplace_backward=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    logits = x * 1.0
+    square = logits.square().sum()
+    loss = cross_entropy(logits, torch.arange(4), inplace_backward=True)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
