@@ -49,9 +49,13 @@ def _cases():
     t = torch.tensor([0, 3, -100, 8, 1])
     options = (-100, 0.1, 1e-3, 5.0)
     yield "cross_entropy_fwd", (_leaf(5, 9), t, *options)
+    yield "cross_entropy_fwd", (_leaf(5, 9), t, *options, True)
     yield "cross_entropy_fwd", (_leaf(9, 5).detach().t().requires_grad_(), t, -100, 0.0, 0.0, 0.0)
     for logits in (torch.randn(5, 9), torch.randn(9, 5).t(), torch.randn(5, 16)[:, :9]):
-        yield "cross_entropy_bwd", (rows[:5], logits, t, rows[:5], rows[5:10] + 1, *options)
+        arguments = (rows[:5], logits, t, rows[:5], rows[5:10] + 1, *options)
+        yield "cross_entropy_bwd", arguments
+        if logits.stride(1) == 1:
+            yield "cross_entropy_bwd_inplace", arguments
     x, w, b = _leaf(5, 4), _leaf(9, 4), _leaf(9)
     yield "linear_cross_entropy_fwd", (x, w, b, t, *options)
     yield "linear_cross_entropy_fwd", (x, w, None, t, -100, 0.0, 0.0, 0.0)
@@ -70,6 +74,29 @@ def _cases():
     yield "cpu_scores", (torch.randn(2, 3, 4), torch.randn(2, 5, 4), False)
     yield "cpu_causal_bias", (torch.randn(1, 2, 5, 4),)
     yield "cpu_gelu_tanh", (torch.randn(6, 3, dtype=torch.bfloat16),)
+    yield from _pointwise_cases()
+
+
+def _pointwise_cases():
+    x, up, grad = _leaf(6, 10), _leaf(6, 10), torch.randn(6, 10)
+    halves = [half.detach().requires_grad_() for half in _leaf(5, 3, 16).chunk(2, dim=-1)]
+    for args in (
+        (x, up, "silu_gate"),
+        (x, None, "silu_gate"),
+        (*halves, "gelu_tanh_gate"),
+        (x, None, "gelu"),
+        (_leaf(4, 7, dtype=torch.bfloat16), None, "relu_squared"),
+    ):
+        yield "activation_fwd", args
+    plain, other = x.detach(), up.detach()
+    yield "activation_bwd", (grad, plain, other, "silu_gate")
+    yield "activation_bwd", (grad[:, :5], plain, None, "gelu_gate")
+    yield "activation_bwd", (grad.t(), plain.t(), None, "gelu_tanh")
+    x, table = _leaf(2, 3, 5, 12), torch.rand(9, 4)
+    transposed = x.detach().transpose(1, 2).requires_grad_()
+    positions = torch.tensor([[[0], [3], [8], [1], [2]]])
+    yield "rotary", (x, table[:5], table[4:], None, False, False)
+    yield "rotary", (transposed, table, table, positions, True, True)
 
 
 CASES = list(_cases())
@@ -100,6 +127,7 @@ def _losses(x, w, t):
         - entropy.sum()
         + linear_cross_entropy(hidden, w, t, reduction="none", z_loss=1e-3).sum()
         + cross_entropy(hidden @ w.T, t, label_smoothing=0.1)
+        + cross_entropy(hidden @ w.T, t, softcap=3.0, inplace_backward=True)
     )
 
 
