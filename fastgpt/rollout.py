@@ -69,16 +69,18 @@ def sample_responses(
     for first in range(0, len(order), SAMPLE_BATCH):
         rows = torch.tensor(order[first : first + SAMPLE_BATCH])
         logits_BV = decoder.start([prompts[row] for row in rows.tolist()], n_new)
+        going_B = torch.ones(len(rows), dtype=torch.bool, device=logits_BV.device)
         for place in range(n_new):
             uniforms_B = uniforms_BR[rows, place].to(logits_BV.device)
             tokens_B = draw((logits_BV / temperature).softmax(-1), uniforms_B)
             ids_BR[rows, place] = tokens_B.cpu()
-            going = torch.nonzero(tokens_B != end_id)[:, 0]
+            going_B &= tokens_B != end_id
+            going = torch.nonzero(going_B)[:, 0]
             if len(going) == 0 or place + 1 == n_new:
                 break
             if 2 * len(going) <= len(rows):  # what has ended costs nothing more
                 decoder.keep(going)
-                rows, tokens_B = rows[going.cpu()], tokens_B[going]
+                rows, tokens_B, going_B = rows[going.cpu()], tokens_B[going], going_B[going]
             logits_BV = decoder.step(tokens_B)
     ids_BR[~rl.response_mask(ids_BR, end_id)] = pad_id
     return ids_BR

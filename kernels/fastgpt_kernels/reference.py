@@ -306,3 +306,44 @@ def gae(
             next_value = values_BT[b, t]
             advantages[b, t], returns[b, t] = next_advantage, next_advantage + next_value
     return advantages, returns
+
+
+def rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """Pairs of x as complex numbers times ``cos + i sin`` (arXiv:2104.09864, section 3.2)."""
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+    half = cos.shape[-1]
+    part, rest = x[..., : 2 * half], x[..., 2 * half :]
+    pairs = part.unflatten(-1, (half, 2) if interleaved else (2, half))
+    axis = -1 if interleaved else -2
+    turned = torch.complex(*pairs.unbind(axis)) * torch.complex(cos, sin)
+    return torch.cat((torch.stack((turned.real, turned.imag), axis).flatten(-2), rest), -1)
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """``x P(x)``, P the normal distribution function, or its tanh form (arXiv:1606.08415)."""
+    if approximate == "tanh":
+        return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    return 0.5 * x * torch.erfc(-x * 0.5**0.5)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``gate s(gate) up`` (arXiv:2002.05202)."""
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
+    """``gelu(gate) up`` (arXiv:2002.05202)."""
+    return gelu(gate, approximate) * up
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """``max(x, 0)^2`` (arXiv:2109.08668)."""
+    return x.clamp_min(0).square()

@@ -74,6 +74,29 @@ def _cases():
     yield "cpu_scores", (torch.randn(2, 3, 4), torch.randn(2, 5, 4), False)
     yield "cpu_causal_bias", (torch.randn(1, 2, 5, 4),)
     yield "cpu_gelu_tanh", (torch.randn(6, 3, dtype=torch.bfloat16),)
+    yield from _pointwise_cases()
+
+
+def _pointwise_cases():
+    x, up, grad = _leaf(6, 10), _leaf(6, 10), torch.randn(6, 10)
+    halves = [half.detach().requires_grad_() for half in _leaf(5, 3, 16).chunk(2, dim=-1)]
+    for args in (
+        (x, up, "silu_gate"),
+        (x, None, "silu_gate"),
+        (*halves, "gelu_tanh_gate"),
+        (x, None, "gelu"),
+        (_leaf(4, 7, dtype=torch.bfloat16), None, "relu_squared"),
+    ):
+        yield "activation_fwd", args
+    plain, other = x.detach(), up.detach()
+    yield "activation_bwd", (grad, plain, other, "silu_gate")
+    yield "activation_bwd", (grad[:, :5], plain, None, "gelu_gate")
+    yield "activation_bwd", (grad.t(), plain.t(), None, "gelu_tanh")
+    x, table = _leaf(2, 3, 5, 12), torch.rand(9, 4)
+    transposed = x.detach().transpose(1, 2).requires_grad_()
+    positions = torch.tensor([[[0], [3], [8], [1], [2]]])
+    yield "rotary", (x, table[:5], table[4:], None, False, False)
+    yield "rotary", (transposed, table, table, positions, True, True)
 
 
 CASES = list(_cases())

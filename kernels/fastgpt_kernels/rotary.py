@@ -1,0 +1,257 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), forward and backward by one kernel.
+
+Pair i of a head's first R = ``rotary_dim`` elements is turned by the angle of its position::
+
+    (a, b) -> (a cos_i - b sin_i, b cos_i + a sin_i)
+
+The pair is (x[i], x[i + R/2]), the half-split convention of GPT-NeoX, LLaMA in ``transformers`` and
+flash-attn's default, or (x[2i], x[2i + 1]), that of the paper, with ``interleaved``. Elements from
+R on are copied. The backward turns by the negative angle. Computed in float32, rounded once.
+
+q and k are rotated by a call each: their heads, strides and caches differ, the kernel is bound by
+memory traffic that a joint one would not reduce, and where both lie in one projection one call on
+the view of their heads does both.
+
+Shapes: x (..., D) of up to four dims in any order (BTHD, BHTD, packed NHD); cos and sin (..., R/2)
+broadcast against its leading dims, or are tables (L, R/2) that ``positions`` index.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt_kernels import _cpu_pointwise
+from fastgpt_kernels._common import (
+    AOT_DTYPES,
+    AotCase,
+    aot_variants,
+    cdiv,
+    device_guard,
+    launch_config,
+    next_power_of_2,
+    tl,
+    triton,
+    use_triton,
+)
+
+MAX_HALF = 256
+"""Most pairs of one head."""
+
+
+@triton.jit
+def _turn(a, b, cos, sin, INVERSE: tl.constexpr):
+    if INVERSE:
+        sin = -sin
+    return a * cos - b * sin, b * cos + a * sin
+
+
+@triton.jit(do_not_specialize=["n_rows", "size_1", "size_2", "pos_0", "pos_1", "pos_2"])
+def rotary_kernel(
+    x, cos, sin, positions, y, n_rows, size_1, size_2, x_0, x_1, x_2, x_col, y_0, y_1, y_2, y_col,
+    cs_0, cs_1, cs_2, pos_0, pos_1, pos_2,
+    HAS_POSITIONS: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
+    HALF: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """Rows are the three leading dims, flattened; ``*_0``, ``*_1``, ``*_2`` are their strides."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < n_rows
+    i_2 = (rows % size_2).to(tl.int64)
+    i_1 = (rows // size_2 % size_1).to(tl.int64)
+    i_0 = (rows // size_2 // size_1).to(tl.int64)
+    x_rows = (x + i_0 * x_0 + i_1 * x_1 + i_2 * x_2)[:, None]
+    y_rows = (y + i_0 * y_0 + i_1 * y_1 + i_2 * y_2)[:, None]
+    if HAS_POSITIONS:
+        at = positions + i_0 * pos_0 + i_1 * pos_1 + i_2 * pos_2
+        angle_rows = tl.load(at, mask=row_mask, other=0).to(tl.int64) * cs_0
+    else:
+        angle_rows = i_0 * cs_0 + i_1 * cs_1 + i_2 * cs_2
+    pairs = tl.arange(0, BLOCK_H)
+    mask = row_mask[:, None] & (pairs < HALF)[None, :]
+    angles = angle_rows[:, None] + pairs[None, :]
+    c = tl.load(cos + angles, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(sin + angles, mask=mask, other=0.0).to(tl.float32)
+    if INTERLEAVED:
+        cols = tl.arange(0, 2 * BLOCK_H).to(tl.int64)[None, :]
+        wide = row_mask[:, None] & (cols < 2 * HALF)
+        both = tl.load(x_rows + cols * x_col, mask=wide, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(both, [BLOCK_M, BLOCK_H, 2]))
+        first, second = _turn(a, b, c, s, INVERSE)
+        out = tl.reshape(tl.join(first, second), [BLOCK_M, 2 * BLOCK_H])
+        tl.store(y_rows + cols * y_col, out.to(y.dtype.element_ty), mask=wide)
+    else:
+        left = pairs.to(tl.int64)[None, :]
+        right = left + HALF
+        a = tl.load(x_rows + left * x_col, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(x_rows + right * x_col, mask=mask, other=0.0).to(tl.float32)
+        first, second = _turn(a, b, c, s, INVERSE)
+        tl.store(y_rows + left * y_col, first.to(y.dtype.element_ty), mask=mask)
+        tl.store(y_rows + right * y_col, second.to(y.dtype.element_ty), mask=mask)
+    if 2 * HALF < DIM:
+        cols = 2 * HALF + tl.arange(0, BLOCK_REST).to(tl.int64)[None, :]
+        rest = row_mask[:, None] & (cols < DIM)
+        kept = tl.load(x_rows + cols * x_col, mask=rest, other=0.0)
+        tl.store(y_rows + cols * y_col, kept, mask=rest)
+
+
+def _three(lead: list[int], tensor: Tensor, inner: int) -> list[int]:
+    """Strides of the leading dims ``lead`` of ``tensor`` (``inner`` dims follow), padded to 3."""
+    shape = (*lead, *tensor.shape[tensor.dim() - inner :])
+    strides = tensor.expand(shape).stride()
+    return [0] * (3 - len(lead)) + list(strides[: len(lead)])
+
+
+def _launch(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> Tensor:
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y
+    if cos.stride() != sin.stride() or cos.stride(-1) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    lead, dim, half = list(x.shape[:-1]), x.shape[-1], cos.shape[-1]
+    sizes = [1] * (3 - len(lead)) + lead
+    if positions is None:
+        angle_strides, position_strides = _three(lead, cos, 1), [0, 0, 0]
+    else:
+        angle_strides, position_strides = [cos.stride(0), 0, 0], _three(lead, positions, 0)
+    config = launch_config("rotary", x.device, x.dtype, next_power_of_2(half))
+    flags: dict[str, Any] = {
+        **{"HAS_POSITIONS": positions is not None, "INTERLEAVED": interleaved, "INVERSE": inverse},
+        **{"HALF": half, "DIM": dim, "BLOCK_REST": next_power_of_2(max(dim - 2 * half, 1))},
+    }
+    n_rows = math.prod(lead)
+    with device_guard(x):
+        rotary_kernel[(cdiv(n_rows, config["BLOCK_M"]),)](
+            x, cos, sin, cos if positions is None else positions, y, n_rows, sizes[1], sizes[2],
+            *_three(lead, x, 1), x.stride(-1), *_three(lead, y, 1), y.stride(-1),
+            *angle_strides, *position_strides, **flags, **config,
+        )  # fmt: skip
+    return y
+
+
+def _cpu(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> Tensor:
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+    out = _cpu_pointwise.rotate(x, cos, -sin if inverse else sin, interleaved)
+    return torch.empty_like(x).copy_(out)
+
+
+@torch.library.custom_op("fastgpt_kernels::rotary", mutates_args=())
+def rotary_op(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> Tensor:
+    """``x`` rotated, backwards if ``inverse``; laid out like ``torch.empty_like(x)``."""
+    return (_launch if use_triton(x) else _cpu)(x, cos, sin, positions, interleaved, inverse)
+
+
+@rotary_op.register_fake
+def _(x, cos, sin, positions, interleaved, inverse):
+    return torch.empty_like(x)
+
+
+def _save(ctx, inputs, output):
+    _, *tensors, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    dx = rotary_op(grad, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
+    return dx, None, None, None, None, None
+
+
+rotary_op.register_autograd(_backward, setup_context=_save)
+
+
+def aot_cases() -> list[AotCase]:
+    """Instances for the static gate: whole heads and half of one, both conventions."""
+    cases = []
+    integers = ("n_rows", "size_1", "size_2")
+    strides = [f"{name}_{i}" for name in ("x", "y", "cs", "pos") for i in range(3)]
+    types = {**dict.fromkeys((*integers, *strides), "i32"), "cos": "*fp32", "sin": "*fp32"}
+    kinds = ((False, False), (False, True), (True, False))
+    for (half, dim), (interleaved, positions), (name, dtype) in itertools.product(
+        ((64, 128), (32, 64), (16, 64)), kinds, AOT_DTYPES.items()
+    ):
+        constants = {
+            **{"HAS_POSITIONS": positions, "INTERLEAVED": interleaved, "INVERSE": False},
+            **{"HALF": half, "DIM": dim, "BLOCK_REST": next_power_of_2(max(dim - 2 * half, 1))},
+            **{"x_col": 1, "y_col": 1},
+        }
+        label = f"{half * 2}of{dim}{'_interleaved' * interleaved}{'_positions' * positions}"
+        cases += aot_variants(
+            f"rotary/{label}_{name}", "rotary", rotary_kernel, dtype, half,
+            {**types, "x": f"*{name}", "y": f"*{name}", "positions": "*i64"}, constants,
+            tuple(name for name in strides if not name.startswith("pos")),
+        )  # fmt: skip
+    return cases
+
+
+def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
+    if not 2 <= x.dim() <= 4:
+        raise ValueError(f"rotary: x must have two to four dims, got shape {tuple(x.shape)}")
+    half = cos.shape[-1] if cos.dim() else 0
+    if cos.shape != sin.shape or not 0 < half <= min(x.shape[-1] // 2, MAX_HALF):
+        raise ValueError(
+            f"rotary: cos and sin must have one shape whose last dim is at most half the head dim "
+            f"{x.shape[-1]} and at most {MAX_HALF}, got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    name, lead = ("cos and sin", cos.shape[:-1]) if positions is None else ("positions", ())
+    if positions is not None:
+        lead = positions.shape
+        if cos.dim() != 2:
+            raise ValueError(
+                f"rotary: with positions cos and sin must be tables (L, rotary_dim / 2), got "
+                f"{tuple(cos.shape)}"
+            )
+    dims = tuple(x.shape[:-1])
+    fits = len(lead) <= len(dims) and all(
+        a == 1 or a == b for a, b in zip(reversed(lead), reversed(dims), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"rotary: the leading dims of {name} {tuple(lead)} must broadcast to those of x {dims}"
+        )
+
+
+def rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    positions: Tensor | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """Rotate the first ``rotary_dim`` elements of every head by the angles of its position.
+
+    Args:
+        x: (..., D), two to four dims in any order and with any strides, float32, float16 or
+            bfloat16 (on the CPU also float64).
+        cos: cosines (..., rotary_dim / 2) that broadcast to x (..., rotary_dim / 2): (T, R/2) for
+            BHTD, (T, 1, R/2) for BTHD, (B, 1, T, R/2) where rows stand at different positions.
+            With ``positions`` a table (L, R/2). At most D / 2 and 256 wide; no gradient.
+        sin: sines, like ``cos``.
+        positions: int32 or int64, broadcasting to x.shape[:-1], rows of the table to take:
+            ``offsets[:, None, None] + arange(T)`` continues rows of BHTD at their offsets. Entries
+            beyond the table are the caller's mistake; a GPU does not check them.
+        interleaved: pairs are neighbours (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
+
+    Returns:
+        Tensor like x; on a GPU laid out like ``torch.empty_like(x)``, on a CPU contiguous.
+
+    Raises:
+        ValueError: dims or shapes do not fit together.
+    """
+    _check(x, cos, sin, positions)
+    if use_triton(x):
+        return rotary_op(x, cos, sin, positions, interleaved, False)
+    if positions is not None:
+        cos, sin = cos[positions], sin[positions]
+    return _cpu_pointwise.rotary(x, cos, sin, interleaved)
