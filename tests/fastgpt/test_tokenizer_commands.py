@@ -197,6 +197,7 @@ def test_a_long_document_in_pieces_ends_once(folder, tmp_path, monkeypatch):
 
 def test_memory_does_not_follow_the_file(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("fastgpt.documents.PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr("fastgpt.encode_files._BATCH_CHARACTERS", 1 << 20)
     tokenizer = Tokenizer.from_file(folder / "t.json")
     path = tmp_path / "long.txt"
     line = "some words that make one line of a document without an end\n"
