@@ -337,6 +337,8 @@ def aot_cases() -> list[AotCase]:
         (256, 8, torch.bfloat16, plain),
         (64, 1, torch.float32, plain),
         (128, 1, torch.float32, plain),
+        (80, 1, torch.float16, plain),
+        (256, 4, torch.float32, plain),
     ]
     return [case for variant in variants for case in aot_kernels(*variant)]
 

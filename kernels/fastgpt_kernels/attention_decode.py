@@ -59,7 +59,9 @@ def _attention_decode(
     if out.numel() == 0 or S == 0:
         return out.zero_()
     config = launch_config("attention_decode", q.device, q.dtype, D)
-    block_m = 16 if T * (H // HK) <= 16 else 32
+    # A wider tile of full precision products does not fit in registers.
+    narrow = T * (H // HK) <= 16 or (q.dtype == torch.float32 and D > 128)
+    block_m = 16 if narrow else 32
     n_programs = B * HK * cdiv(T * (H // HK), block_m)
     n_splits = _n_splits(q, n_programs, S, config["BLOCK_N"])
     part, lse = out, None
@@ -178,7 +180,7 @@ def aot_cases() -> list[AotCase]:
         (80, 4, 16, torch.float16, True, True),
         (256, 8, 16, torch.bfloat16, True, False),
         (64, 4, 32, torch.float32, True, False),
-        (256, 4, 32, torch.float32, True, False),
+        (256, 4, 16, torch.float32, True, False),
     ]
     cases = [case for variant in variants for case in _aot_split(*variant)]
     for D, element in ((64, "bf16"), (128, "bf16"), (80, "fp16"), (256, "fp32")):

@@ -72,7 +72,7 @@ class Report:
     """What the machine code of one case shows; byte counts are per thread, shared memory per block.
 
     Attributes:
-        dots: matrix products in the program.
+        dots: matrix products in the program that tensor cores can do.
         wide_dots: those of 16-bit operands with at least 64 rows, which every generation's
             instruction can do (wgmma and tcgen05 do no fewer).
         registers: allocated per thread.
@@ -213,8 +213,13 @@ _DOT = re.compile(r"\btt\.dot .*: tensor<(\d+)x\d+x(\w+)>")
 
 
 def count_dots(ttir: str) -> dict[str, int]:
-    """The ``dots`` and ``wide_dots`` of a ``Report``."""
+    """The ``dots`` and ``wide_dots`` of a ``Report``.
+
+    Products of float32 at full precision, which no tensor core computes, are left out; those that
+    may be computed in three passes name an ``inputPrecision``.
+    """
     found = [_DOT.search(line) for line in ttir.splitlines() if " tt.dot " in line]
+    found = [dot for dot in found if not (dot and dot[2] == "f32" and "inputP" not in dot[0])]
     wide = [dot for dot in found if dot and dot[2] in ("f16", "bf16") and int(dot[1]) >= 64]
     return {"dots": len(found), "wide_dots": len(wide)}
 
