@@ -52,11 +52,11 @@ def distribution(model: GPT, ids: list[int], temperature: float) -> torch.Tensor
 def sample_one(model: GPT, prompt: list[int], numbers: list[float], temperature: float):
     ids = list(prompt)
     for number in numbers:
-        total = 0.0
-        for token, p in enumerate(distribution(model, ids, temperature).double().tolist()):
-            total += p
-            if number < total:
-                break
+        token, total = -1, 0.0
+        probabilities = distribution(model, ids, temperature).double().tolist()
+        while number >= total:
+            token += 1
+            total += probabilities[token]
         ids.append(token)
         if token == END:
             break
