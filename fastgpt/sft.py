@@ -121,6 +121,7 @@ def sft(config: SFTConfig, world: World) -> None:
     """Prepare model and data, train, evaluate, sample, report."""
     import torch
 
+    from fastgpt.lora import LoRAGPT
     from fastgpt.packing import all_batches, step_batches
     from fastgpt.run import open_run, resume_from
     from fastgpt.trainer import train
@@ -169,7 +170,8 @@ def sft(config: SFTConfig, world: World) -> None:
         stage_state=data,
     )
     if world.rank == 0:
-        finish(config, run, model, tokenizer, data.held_out, result.evaluation)
+        plain = model.merged() if isinstance(model, LoRAGPT) else model
+        finish(config, run, plain, tokenizer, data.held_out, result.evaluation)
 
 
 def _start(
@@ -188,17 +190,19 @@ def _start(
         # The loop takes the weights from the checkpoint.
         if not config.lora_rank:
             return config, GPT(config.model, dtype).to(world.device), load_tokenizer(run)
-        rows = checkpoint.tensors["lora"].get("wte.added", ())
-        model = LoRAGPT(config.model, dtype, config.lora_rank, alpha, len(rows))
+        added = len(checkpoint.tensors["lora"].get("wte.added", ()))
+        model = LoRAGPT(config.model, dtype, config.lora_rank, alpha, added)
         return config, model.to(world.device), load_tokenizer(run)
     if config.init is None:
         raise UsageError(f"{run.path}: it has no checkpoint, and no run to start from")
     base, old = load_model(config.init, device=str(world.device), dtype=config.train.dtype)
     tokenizer = with_chat_tokens(old)
-    shape = dataclasses.replace(base.config, vocab_size=tokenizer.vocab_size)
+    # A model may have rows for more ids than its tokenizer has.
+    rows = max(tokenizer.vocab_size, base.config.vocab_size)
+    shape = dataclasses.replace(base.config, vocab_size=rows)
     config = dataclasses.replace(config, model=shape)
-    added = shape.vocab_size - base.config.vocab_size
-    weights = grown_weights(base, added, config.train.seed)
+    added = rows - old.vocab_size if tokenizer is not old else 0
+    weights = grown_weights(base, rows, added, config.train.seed)
     if config.lora_rank:
         model = LoRAGPT(shape, dtype, config.lora_rank, alpha, added).to(world.device)
         model.load_base(weights)
@@ -210,10 +214,10 @@ def _start(
     return config, model, tokenizer
 
 
-def grown_weights(model: GPT, added: int, seed: int) -> dict[str, Tensor]:
-    """Weights of ``model`` with ``added`` rows more in embedding and head.
+def grown_weights(model: GPT, rows: int, new: int, seed: int) -> dict[str, Tensor]:
+    """Weights of ``model`` with embedding and head of ``rows`` rows, the last ``new`` of them anew.
 
-    A new row is the mean of the old ones and noise of a tenth of their standard deviation: to the
+    A new row is the mean of the others and noise of a tenth of their standard deviation: to the
     model a token like any other, but not the same as its neighbour.
     """
     import torch
@@ -221,11 +225,10 @@ def grown_weights(model: GPT, added: int, seed: int) -> dict[str, Tensor]:
     weights = dict(model.state_dict())
     generator = torch.Generator().manual_seed(seed)
     for name in ("wte.weight", "head.weight"):
-        if name in weights:
-            rows = weights[name]
-            noise = torch.randn(added, rows.shape[1], generator=generator).to(rows)
-            new = rows.mean(0) + 0.1 * rows.std() * noise
-            weights[name] = torch.cat((rows, new))
+        if new and name in weights:
+            old = weights[name][: rows - new]
+            noise = torch.randn(new, old.shape[1], generator=generator).to(old)
+            weights[name] = torch.cat((old, old.mean(0) + 0.1 * old.std() * noise))
     return weights
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import signal
 import socket
 import tomllib
@@ -254,3 +255,28 @@ def test_export(finished, shell, tmp_path):
     again = shell.run("export", "--run", finished[0], "--out", out)
     assert (again.status, len(again.errors)) == (2, 1)
     assert "not empty" in again.errors[0]
+
+
+def test_from_hugging_face_and_back(shell, base_run, chats, tmp_path):
+    """A GPT-2 of theirs with rows its tokenizer does not use, finetuned, is a GPT-2 of theirs."""
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    theirs, run, out = tmp_path / "theirs", tmp_path / "sft", tmp_path / "out"
+    GPT2LMHeadModel(
+        GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=32, vocab_size=320)
+    ).save_pretrained(theirs)
+    shutil.copy(base_run[0] / "tokenizer.json", theirs)
+    arguments = [
+        ["convert", "--model", theirs, "--out", tmp_path / "base"],
+        ["sft", "--init", tmp_path / "base", "--data", chats, "--out", run, *OPTIONS, "--steps", 2],
+        ["export", "--run", run, "--out", out],
+    ]
+    for words in arguments:
+        done = shell.run(*words)
+        assert done.status == 0, done.out
+    assert f"{out}: GPT2LMHeadModel" in done.out
+    model = AutoModelForCausalLM.from_pretrained(out)
+    ours, _ = load_model(run, device="cpu", dtype="float32")
+    ids = torch.tensor([[1, 2, 303]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, ours.logits(ours(ids)), atol=1e-5, rtol=1e-5)

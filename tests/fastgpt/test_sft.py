@@ -131,23 +131,30 @@ def test_something_must_be_left_to_learn(n, fraction):
         split([make_chat("a", "b")] * n, fraction, seed=0)
 
 
+@pytest.mark.parametrize("rows", [204, 200], ids=["appended", "in rows without a token"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_new_rows_are_like_the_old_ones(tied, seeded):
+def test_new_rows_are_like_the_old_ones(tied, rows, seeded):
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=200, context=8, tied=tied))
     with torch.no_grad():
         model.wte.weight += 0.5
-    weights = grown_weights(model, 4, seed=1)
+    weights = grown_weights(model, rows, 4, seed=1)
     names = {"wte.weight"} if tied else {"wte.weight", "head.weight"}
     for name, old in model.state_dict().items():
-        assert torch.equal(weights[name][: len(old)], old)
-        assert (len(weights[name]) == len(old) + 4) == (name in names)
-    new, old = weights["wte.weight"][200:], model.wte.weight
+        kept = rows - 4 if name in names else len(old)
+        assert torch.equal(weights[name][:kept], old[:kept])
+        assert len(weights[name]) == (rows if name in names else len(old))
+    new, old = weights["wte.weight"][-4:], model.wte.weight[: rows - 4]
     spread = float((new - old.mean(0)).square().mean().sqrt() / old.std())
     assert spread == pytest.approx(0.1, rel=0.3)
     assert len({tuple(row.tolist()) for row in new}) == 4
-    assert torch.equal(new, grown_weights(model, 4, seed=1)["wte.weight"][200:])
-    assert not torch.equal(new, grown_weights(model, 4, seed=2)["wte.weight"][200:])
-    assert grown_weights(model, 0, seed=1).keys() == weights.keys()
+    assert torch.equal(new, grown_weights(model, rows, 4, seed=1)["wte.weight"][-4:])
+    assert not torch.equal(new, grown_weights(model, rows, 4, seed=2)["wte.weight"][-4:])
+
+
+def test_without_new_tokens_nothing_changes(seeded):
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=32, vocab_size=200, context=8))
+    weights = grown_weights(model, 200, 0, seed=1)
+    assert all(torch.equal(weights[name], old) for name, old in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
