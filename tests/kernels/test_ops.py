@@ -137,7 +137,14 @@ def _through_operators(x, w, t):
     return OPS.cross_entropy_fwd(hidden @ w.T, t, -100, 0.1, 1e-3, 5.0)[0].mean()
 
 
-@pytest.mark.parametrize("fn", [_losses, _through_operators])
+def _pointwise_operators(x, w, t):
+    h, total = OPS.add_norm_fwd(x, x, w[1], None, 1, 1e-5, True)[:2]
+    h = OPS.activation_fwd(h, total, "silu_gate") + OPS.activation_fwd(h, None, "gelu_tanh")
+    h = OPS.rotary(h, w[:, :4].detach(), w[:, 4:].detach(), t, False, False)
+    return cross_entropy(h @ w.T, t)
+
+
+@pytest.mark.parametrize("fn", [_losses, _through_operators, _pointwise_operators])
 def test_compiles_without_a_break_or_a_recompile(fn):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fn, fullgraph=True, backend=counter, dynamic=None)
