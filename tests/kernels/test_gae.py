@@ -16,13 +16,8 @@ def definition(rewards, values, gamma, gae_lambda):
     """A_t = sum over l of (gamma lambda)^l delta_{t+l}, for one row without gaps, in float64."""
     r, v = rewards.double(), torch.cat([values.double(), torch.zeros(1)])
     delta = r + gamma * v[1:] - v[:-1]
-    n = len(r)
-    return torch.stack(
-        [
-            sum(((gamma * gae_lambda) ** (s - t) * delta[s] for s in range(t, n)), torch.zeros(()))
-            for t in range(n)
-        ]
-    )
+    decay = (gamma * gae_lambda) ** torch.arange(len(r), dtype=torch.float64)
+    return torch.stack([(decay[: len(r) - t] * delta[t:]).sum() for t in range(len(r))])
 
 
 def check(rewards, values, mask, *, gamma, gae_lambda, layout="contiguous"):
