@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from bench import sentiment
 from bench.sentiment import HumanJudge, Reviews
 
 PROMPT_WORDS = 4
-RANKED_PROMPTS, ANSWERS = 3000, 4
+RANKED_PROMPTS, HELD_OUT_RANKINGS, ANSWERS = 3000, 400, 4
 HELD_OUT_PROMPTS = 768
 NEW_TOKENS = 40
 KL_TARGET = 8.0
@@ -45,8 +46,8 @@ PRETRAIN = (
     "--eval-every 0 --save-every 0 --sample-tokens 1"
 )
 SFT = "--epochs 2 --batch-tokens 2048 --eval-every 0 --save-every 0 --sample-tokens 1"
-REWARD = "--epochs 1"
-PPO = "--steps 240"
+REWARD = "--epochs 2 --batch-prompts 16 --val-fraction 0.02 --eval-every 0 --sample-tokens 40"
+PPO = "--rollout 128 --steps 480 --eval-every 0 --save-every 0 --kl-coef 0.1"
 
 GATES: dict[str, Callable[[dict[str, Any]], bool]] = {
     "reward model accuracy >= .70": lambda r: r["reward"]["accuracy"] >= 0.70,
@@ -87,7 +88,14 @@ def stage(name: str, *words: object) -> float:
     if (out / "report.html").is_file():
         return 0.0
     start = time.monotonic()
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    path = os.pathsep.join([str(out.parent), *sys.path])
+    done = subprocess.run(
+        arguments,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments[1:])}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return time.monotonic() - start
@@ -163,19 +171,22 @@ def sample(run: Path, prompts: Sequence[str], seed: int) -> Said:
 
 
 def rank(run: Path, folder: Path, vader: Callable[[str], float], seed: int, shuffle: bool) -> Path:
-    """Four answers to each of some training prompts, ranked by VADER, as a file of rankings."""
+    """Four answers to each of some training prompts, ranked by VADER, as a file of rankings.
+
+    Some rankings are kept apart from it, in rankings-held-out.jsonl.
+    """
     path = folder / ("rankings-shuffled.jsonl" if shuffle else "rankings.jsonl")
     if path.is_file():
         return path
+    if shuffle:
+        return shuffled(rank(run, folder, vader, seed, shuffle=False), path, seed)
     prompts = [record["prompt"] for record in read_jsonl(folder / "prompts.jsonl")]
     prompts = random.Random(seed).sample(prompts, RANKED_PROMPTS)
     said = sample(run, [p for p in prompts for _ in range(ANSWERS)], seed + 10_000)
-    records, luck = [], random.Random(seed)
+    records = []
     for i, prompt in enumerate(prompts):
         texts = [t or "." for t in said.texts[i * ANSWERS : (i + 1) * ANSWERS]]
         scores = [vader(text) for text in texts]
-        if shuffle:
-            luck.shuffle(scores)
         order = sorted(range(ANSWERS), key=lambda j: -scores[j])
         records.append(
             {
@@ -184,6 +195,19 @@ def rank(run: Path, folder: Path, vader: Callable[[str], float], seed: int, shuf
                 "scores": [scores[j] for j in order],
             }
         )
+    write_jsonl(folder / "rankings-held-out.jsonl", records[:HELD_OUT_RANKINGS])
+    write_jsonl(path, records[HELD_OUT_RANKINGS:])
+    return path
+
+
+def shuffled(rankings: Path, path: Path, seed: int) -> Path:
+    """The same rankings with the scores of each prompt dealt out at random."""
+    luck, records = random.Random(seed), []
+    for record in read_jsonl(rankings):
+        pairs = list(zip(luck.sample(record["scores"], ANSWERS), record["responses"], strict=True))
+        pairs.sort(key=lambda pair: -pair[0])
+        scores, responses = zip(*pairs, strict=True)
+        records.append({**record, "scores": scores, "responses": responses})
     write_jsonl(path, records)
     return path
 
@@ -270,26 +294,57 @@ def experiment(
         "--out",
         reward,
     )
-    extra: tuple[object, ...] = ()
+    extra: tuple[object, ...] = ("--reward", reward)
     if control == "flipped":
-        extra = ("--score-scale", -1)
+        (folder / "flipped.py").write_text(FLIPPED.format(reward=str(reward.resolve())))
+        extra = ("--reward-fn", "flipped:score")
     elif control == "huge_beta":
-        extra = ("--kl-coef", 100.0, "--kl-controller", "fixed")
+        extra = (*extra, "--kl-coef", 100.0, "--kl-controller", "fixed")
     seconds["ppo"] = stage(
-        "ppo", *PPO.split(), *common, "--init", runs["sft"], "--reward", reward,
+        "ppo", *PPO.split(), *common, "--init", runs["sft"],
         "--prompts", data / "prompts.jsonl", "--max-new-tokens", NEW_TOKENS,
         "--kl-target", KL_TARGET, *extra, "--out", rl,
     )  # fmt: skip
+    quality = reward_quality(reward, data / "rankings-held-out.jsonl")
     result = measure({**runs, "rl": rl}, data, judges, seed)
-    result |= {"seed": seed, "control": control, "reward": reward_quality(reward)}
+    result |= {"seed": seed, "control": control, "reward": quality}
     result |= {"seconds": seconds, "seconds_in_all": time.monotonic() - start}
     result["gates"] = {name: bool(gate(result)) for name, gate in GATES.items()}
     return result
 
 
-def reward_quality(run: Path) -> dict[str, Any]:
-    """Held-out accuracy of the reward model, in all and by margin, from its metrics."""
-    raise NotImplementedError
+def reward_quality(run: Path, held_out: Path) -> dict[str, Any]:
+    """Accuracy of the reward model on held-out rankings, in all and in quarters by margin."""
+    from fastgpt.judges import load_judge
+
+    records = read_jsonl(held_out)
+    prompts = [[{"role": "user", "content": r["prompt"]}] for r in records for _ in range(ANSWERS)]
+    answers = [text for record in records for text in record["responses"]]
+    found = np.array(load_judge(str(run))(prompts, answers, [])).reshape(-1, ANSWERS)  # pyright: ignore
+    truth = np.array([record["scores"] for record in records])
+    a, b = np.triu_indices(ANSWERS, 1)
+    margins, leads = (truth[:, a] - truth[:, b]).ravel(), (found[:, a] - found[:, b]).ravel()
+    margins, leads = margins[margins > 0], leads[margins > 0]
+    right = (leads > 0) + 0.5 * (leads == 0)
+    quarters = np.array_split(np.argsort(margins, kind="stable"), 4)
+    accuracies = [float(right[quarter].mean()) for quarter in quarters]
+    return {
+        "pairs": len(margins),
+        "accuracy": float(right.mean()),
+        "accuracy_by_margin": accuracies,
+        "rises": accuracies == sorted(accuracies),
+    }
+
+
+FLIPPED = """
+from fastgpt.judges import load_judge
+
+judge = load_judge({reward!r})
+
+
+def score(prompts, responses, references):
+    return [-value for value in judge(prompts, responses, references)]
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

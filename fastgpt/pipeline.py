@@ -48,10 +48,13 @@ class PipelineConfig:
     price_per_hour: float = 0.0
     """Of this machine, for the cost of each stage."""
     pretrain: str = ""
-    """More options of the stage, as one text: --pretrain "--steps 100"."""
+    """More options of the stage, as one text behind an equals sign: --pretrain="--steps 100"."""
     sft: str = ""
+    """The same for supervised finetuning,"""
     reward: str = ""
+    """for the reward model,"""
     ppo: str = ""
+    """and for PPO."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -248,7 +251,7 @@ def _curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         ("Supervised finetuning: loss", "sft", ("loss", "val_loss")),
         ("Reward model: loss", "reward", ("loss", "val_loss")),
         ("Reward model: accuracy", "reward", ("accuracy", "val_accuracy")),
-        ("PPO: score of the reward model", "ppo", ("score_mean", "val_score_mean")),
+        ("PPO: score of the reward model", "ppo", ("score", "val_score")),
         ("PPO: KL to the SFT model, nats a response", "ppo", ("kl", "val_kl")),
     ]
     return [
