@@ -80,9 +80,8 @@ def bwd_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    value, slope = _value_and_slope(
-        load_tile(x + row_offsets(rows, x_inner, x_outer, x_step), cols, x_col, mask), KIND
-    )
+    x_tile = load_tile(x + row_offsets(rows, x_inner, x_outer, x_step), cols, x_col, mask)
+    value, slope = _value_and_slope(x_tile, KIND)
     grad = load_tile(dy + row_offsets(rows, dy_inner, dy_outer, dy_step), cols, dy_col, mask)
     at = (rows.to(tl.int64) * out_stride)[:, None] + cols[None, :]
     if GATED:

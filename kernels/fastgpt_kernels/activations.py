@@ -183,6 +183,12 @@ def _checked_approximation(name: str, approximate: str) -> str:
     return "gelu_tanh" if approximate == "tanh" else "gelu"
 
 
+def _cpu_gated(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
+    return _cpu_pointwise.gated(gate, up, kind)
+
+
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """``F.silu(gate) * up`` in one pass, in float32 throughout (arXiv:2002.05202).
 
@@ -201,7 +207,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     _checked_gate("swiglu", gate, up)
     if use_triton(gate):
         return activation_fwd(gate, up, "silu_gate")
-    return _cpu_pointwise.gated(*(gate.chunk(2, dim=-1) if up is None else (gate, up)), "silu")
+    return _cpu_gated(gate, up, "silu")
 
 
 def geglu(gate: Tensor, up: Tensor | None = None, approximate: str = "none") -> Tensor:
@@ -222,7 +228,7 @@ def geglu(gate: Tensor, up: Tensor | None = None, approximate: str = "none") -> 
     kind = _checked_approximation("geglu", approximate)
     if use_triton(gate):
         return activation_fwd(gate, up, f"{kind}_gate")
-    return _cpu_pointwise.gated(*(gate.chunk(2, dim=-1) if up is None else (gate, up)), kind)
+    return _cpu_gated(gate, up, kind)
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:

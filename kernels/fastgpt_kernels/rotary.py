@@ -43,13 +43,6 @@ MAX_HALF = 256
 """Most pairs of one head."""
 
 
-@triton.jit
-def _turn(a, b, cos, sin, INVERSE: tl.constexpr):
-    if INVERSE:
-        sin = -sin
-    return a * cos - b * sin, b * cos + a * sin
-
-
 @triton.jit(do_not_specialize=["n_rows", "size_1", "size_2", "pos_0", "pos_1", "pos_2"])
 def rotary_kernel(
     x, cos, sin, positions, y, n_rows, size_1, size_2, x_0, x_1, x_2, x_col, y_0, y_1, y_2, y_col,
@@ -76,22 +69,23 @@ def rotary_kernel(
     angles = angle_rows[:, None] + pairs[None, :]
     c = tl.load(cos + angles, mask=mask, other=0.0).to(tl.float32)
     s = tl.load(sin + angles, mask=mask, other=0.0).to(tl.float32)
+    if INVERSE:
+        s = -s
     if INTERLEAVED:
         cols = tl.arange(0, 2 * BLOCK_H).to(tl.int64)[None, :]
         wide = row_mask[:, None] & (cols < 2 * HALF)
         both = tl.load(x_rows + cols * x_col, mask=wide, other=0.0).to(tl.float32)
         a, b = tl.split(tl.reshape(both, [BLOCK_M, BLOCK_H, 2]))
-        first, second = _turn(a, b, c, s, INVERSE)
-        out = tl.reshape(tl.join(first, second), [BLOCK_M, 2 * BLOCK_H])
+        pair = tl.join(a * c - b * s, b * c + a * s)
+        out = tl.reshape(pair, [BLOCK_M, 2 * BLOCK_H])
         tl.store(y_rows + cols * y_col, out.to(y.dtype.element_ty), mask=wide)
     else:
         left = pairs.to(tl.int64)[None, :]
         right = left + HALF
         a = tl.load(x_rows + left * x_col, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(x_rows + right * x_col, mask=mask, other=0.0).to(tl.float32)
-        first, second = _turn(a, b, c, s, INVERSE)
-        tl.store(y_rows + left * y_col, first.to(y.dtype.element_ty), mask=mask)
-        tl.store(y_rows + right * y_col, second.to(y.dtype.element_ty), mask=mask)
+        tl.store(y_rows + left * y_col, (a * c - b * s).to(y.dtype.element_ty), mask=mask)
+        tl.store(y_rows + right * y_col, (b * c + a * s).to(y.dtype.element_ty), mask=mask)
     if 2 * HALF < DIM:
         cols = 2 * HALF + tl.arange(0, BLOCK_REST).to(tl.int64)[None, :]
         rest = row_mask[:, None] & (cols < DIM)
@@ -126,11 +120,12 @@ def _launch(
         **{"HALF": half, "DIM": dim, "BLOCK_REST": next_power_of_2(max(dim - 2 * half, 1))},
     }
     n_rows = math.prod(lead)
+    strides: list[Any] = [*_three(lead, x, 1), x.stride(-1), *_three(lead, y, 1), y.stride(-1)]
+    strides += [*angle_strides, *position_strides]
     with device_guard(x):
         rotary_kernel[(cdiv(n_rows, config["BLOCK_M"]),)](
             x, cos, sin, cos if positions is None else positions, y, n_rows, sizes[1], sizes[2],
-            *_three(lead, x, 1), x.stride(-1), *_three(lead, y, 1), y.stride(-1),
-            *angle_strides, *position_strides, **flags, **config,
+            *strides, **flags, **config,
         )  # fmt: skip
     return y
 

@@ -13,9 +13,8 @@ from variants import variant
 
 from fastgpt_kernels import activations, normalization
 
-rotary = importlib.import_module(
-    "fastgpt_kernels.rotary"
-)  # the package has a function of that name
+# The package exports the function under the module's name.
+rotary = importlib.import_module("fastgpt_kernels.rotary")
 TOKENS = (1, 2, 17, 64, 100, 128, 1000, 1024, 2047)
 
 
