@@ -158,8 +158,8 @@ class PackedComparisons:
         return len(self.comparisons)
 
     def fingerprint(self) -> str:
-        """sha256 (hex) of all that decides the micro-batches."""
-        digest = hashlib.sha256(f"{self.seq_len} {self.rows} {self.seed}\n".encode())
+        """sha256 (hex) of all that decides a step; ``rows`` may be others on another device."""
+        digest = hashlib.sha256(f"{self.seq_len} {self.seed}\n".encode())
         for c in self.comparisons:
             digest.update(f"{c.prompt} {c.pairs} {c.differences}\n".encode())
             for ids in c.answers:

@@ -162,17 +162,16 @@ BAD = {
     "a long row": (["--init", "SFT", "--seq-len", "99"], 2, "--seq-len 99 is beyond the context"),
     "one ranking": (["--init", "SFT", "--data", "d.jsonl"], 3, "give more rankings"),
     "no scores": (["--init", "SFT", "--data", "d.jsonl", "--margin", "1"], 2, "--margin needs"),
-    "a reward run": (["--init", "REWARD"], 3, "reward"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_wrong_is_said_in_one_line(case, server, base_run, sft_run, finished, tmp_path):
+def test_what_is_wrong_is_said_in_one_line(case, server, base_run, sft_run, tmp_path):
     arguments, status, message = BAD[case]
     line = json.dumps({"prompt": "a", "responses": ["b", "c"]})
     (tmp_path / "c.jsonl").write_text(line + '\n{"prompt": "x", "responses": ["y"]}')
     (tmp_path / "d.jsonl").write_text(line)
-    runs = {"BASE": base_run[0], "SFT": sft_run, "REWARD": finished[0]}
+    runs = {"BASE": base_run[0], "SFT": sft_run}
     arguments = [runs.get(word, word) for word in arguments]
     done = Shell(server, tmp_path).run("reward", *arguments, *OPTIONS, "--out", "run")
     assert done.status == status, done.out

@@ -200,6 +200,7 @@ def test_the_fingerprint_sees_every_change():
     other.answers[0][1] += 1
     prints.add(PackedComparisons([other, *data[1:]], 24, 4).fingerprint())
     assert len(prints) == 5
+    assert PackedComparisons(data, 24, 7).fingerprint() in prints, "rows are no part of the data"
 
 
 def test_the_size_of_a_step():
