@@ -9,13 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgpt_kernels.cpu import LOG_TINY, fused, rows_per_chunk
+from fastgpt_kernels.cpu import LOG_TINY, MAX_PARTS, fused, rows_per_chunk, sum_of_parts
 
 SMALL = 1 << 18
 """Logits below which compiling for their shape costs more than it ever saves."""
-
-PARTS = 4
-"""Products of chunks that wait for one pass which adds them up."""
 
 
 def _scaled(logits: Tensor, inverse_temperature: float, softcap: float) -> Tensor:
@@ -131,17 +128,10 @@ def backward(
             dhidden[rows] = d @ weight_VD
         if needs[1]:  # d.t() @ h would take half as long again: oneDNN and wide transposed operands
             parts.append(h.t().contiguous() @ d)
-        if len(parts) == PARTS:
-            parts = [_sum(parts)]
+        if len(parts) == MAX_PARTS:
+            parts = [sum_of_parts(parts)]
         if needs[2]:
             dbias += d.sum(0, dtype=torch.float32)
     shape = weight_VD.shape if needs[1] else (0,)
-    dweight = _sum(parts).t().contiguous() if parts else dbias.new_zeros(shape)
+    dweight = sum_of_parts(parts).t().contiguous() if parts else dbias.new_zeros(shape)
     return dhidden, dweight, dbias
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    total = parts[0].float()
-    for part in parts[1:]:
-        total += part
-    return total

@@ -278,6 +278,10 @@ def gelu_tanh(x: Tensor) -> Tensor:
 MAX_LOGITS_BYTES = 1 << 28
 
 
+# Products of chunks that wait for one pass that adds them up; each is as large as the weight.
+MAX_PARTS = 8
+
+
 def rows_per_chunk(n_rows: int, vocab_size: int, itemsize: int) -> int:
     """Rows of logits computed at once; equal chunks, so that few shapes are compiled."""
     limit = max(1, MAX_LOGITS_BYTES // (vocab_size * itemsize))
@@ -373,16 +377,23 @@ def linear_cross_entropy_gradients(
         coef_N1[rows] = coef
         # e.t() @ h would take half as long again: oneDNN is slow on a wide transposed operand.
         parts.append((h * pull).to(e.dtype).t().contiguous() @ e)
+        if len(parts) == MAX_PARTS:
+            parts = [sum_of_parts(parts)]
     dweight_VD = _fused_sum(parts)
     dweight_VD.index_add_(0, ids_N, coef_N1 * hidden_ND)
     return loss_N, dhidden_ND, dweight_VD
 
 
-def _sum_transposed(parts_DV: list[Tensor]) -> Tensor:
-    total = parts_DV[0].float()
-    for part in parts_DV[1:]:
+def sum_of_parts(parts: list[Tensor]) -> Tensor:
+    """Their sum in float32."""
+    total = parts[0].float()
+    for part in parts[1:]:
         total = total + part.float()
-    return total.t().contiguous()
+    return total
+
+
+def _sum_transposed(parts_DV: list[Tensor]) -> Tensor:
+    return sum_of_parts(parts_DV).t().contiguous()
 
 
 _fused_sum = fused(_sum_transposed)
