@@ -188,6 +188,9 @@ def _start(
     alpha = config.lora_alpha or 2.0 * config.lora_rank
     if checkpoint is not None:
         # The loop takes the weights from the checkpoint.
+        if bool(config.lora_rank) != ("lora" in checkpoint.tensors):
+            has = "has adapters" if "lora" in checkpoint.tensors else "has no adapters"
+            raise UsageError(f"--lora-rank {config.lora_rank}: the run {run.path} {has}; leave it")
         if not config.lora_rank:
             return config, GPT(config.model, dtype).to(world.device), load_tokenizer(run)
         added = len(checkpoint.tensors["lora"].get("wte.added", ()))

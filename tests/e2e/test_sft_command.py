@@ -200,6 +200,11 @@ def test_two_processes_train_as_one_does(options, shell, base_run, chats, sft, t
     assert log(one)[-1]["val_loss"] == pytest.approx(log(two)[-1]["val_loss"], rel=1e-4)
 
 
+def test_adapters_cannot_be_added_to_a_run(finished, sft):
+    done = sft("--resume", finished[0], "--lora-rank", 2, expect=2)
+    assert "has no adapters; leave it" in done.errors[0]
+
+
 def test_changed_data_cannot_be_resumed(sft, chats, tmp_path):
     data, run = tmp_path / "chats.jsonl", tmp_path / "run"
     data.write_text(chats.read_text())

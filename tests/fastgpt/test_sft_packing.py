@@ -208,9 +208,8 @@ def model(request, seeded, uncompiled) -> GPT:
     return GPT(ModelConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=96, context=T, **shape))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_bit_of_an_example_depends_on_another(model, dtype):
-    model.compute_dtype = dtype
+def assert_blind(model: GPT, run) -> None:
+    """Changing the ids of one example changes no bit of what ``run`` gives for another."""
     packed = PackedExamples(make([8, 7, 9, 12, 13]), T)
     rows = packed.epoch(0)
     before = packed.batch(rows)
@@ -222,10 +221,34 @@ def test_no_bit_of_an_example_depends_on_another(model, dtype):
         after = {name: tensor.clone() for name, tensor in before.items()}
         mine = torch.from_numpy(owner == changed)
         after["inputs_BT"][mine] = (after["inputs_BT"][mine] + 41) % 96
-        a, b = hidden(model, before), hidden(model, after)
+        a, b = run(model, before), run(model, after)
         others = torch.from_numpy((owner != changed) & (owner >= 0))
         assert torch.equal(a[others], b[others])
         assert not torch.equal(a[mine], b[mine])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_bit_of_an_example_depends_on_another(model, dtype):
+    model.compute_dtype = dtype
+    assert_blind(model, hidden)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nor_in_training_compiled(dtype, seeded):
+    """Which goes other ways through attention than inference does."""
+    shape = SHAPES["modern"]
+    model = GPT(
+        ModelConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=96, context=T, **shape), dtype
+    )
+    for block in model.blocks:
+        block.compile()
+    assert_blind(
+        model,
+        lambda model, batch: model(
+            batch["inputs_BT"], positions=batch["positions_BT"], doc_start=batch["doc_start_BT"]
+        ).detach(),
+    )
 
 
 def test_packed_is_as_alone(model):
