@@ -27,7 +27,8 @@ Pattern parse_pattern(const std::string& name) {
   if (name == "gpt2") return Pattern::kGpt2;
   if (name == "gpt4") return Pattern::kGpt4;
   if (name == "llama3") return Pattern::kLlama3;
-  throw std::invalid_argument("unknown pattern '" + name + "'; use gpt2, gpt4 or llama3");
+  if (name == "o200k") return Pattern::kO200k;
+  throw std::invalid_argument("unknown pattern '" + name + "'; use gpt2, gpt4, llama3 or o200k");
 }
 
 // The UTF-8 bytes of a str, which lie inside it as long as it lives.

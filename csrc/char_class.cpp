@@ -11,19 +11,19 @@ namespace fastgpt {
 namespace {
 
 CharTables build_tables() {
-  std::vector<CharClass> flat(0x110000, CharClass::kOther);
-  for (const CodePointRange& range : kUnicodeRanges) {
-    for (std::uint32_t cp = range.first; cp <= range.last; ++cp) flat[cp] = range.cls;
+  std::vector<std::uint8_t> flat;
+  for (const std::uint32_t range : kUnicodeRanges) {
+    flat.resize((range >> 8) + 1, static_cast<std::uint8_t>(range));
   }
   CharTables tables{};
-  std::memcpy(tables.byte, flat.data(), 128);
+  for (int i = 0; i < 128; ++i) tables.byte[i] = static_cast<CharClass>(flat[i] & 7);
   std::uint32_t used = 0;
   for (std::uint32_t b = 0; b < CharTables::kBlocks; ++b) {
-    const CharClass* source = flat.data() + b * 256;
+    const std::uint8_t* source = flat.data() + b * 256;
     std::uint32_t same = 0;
-    while (same < used && std::memcmp(tables.cls[same], source, 256) != 0) ++same;
+    while (same < used && std::memcmp(tables.packed[same], source, 256) != 0) ++same;
     if (same == 256) throw std::logic_error("unicode tables need more than 256 distinct blocks");
-    if (same == used) std::memcpy(tables.cls[used++], source, 256);
+    if (same == used) std::memcpy(tables.packed[used++], source, 256);
     tables.block[b] = static_cast<std::uint8_t>(same);
   }
   return tables;

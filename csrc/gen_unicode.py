@@ -20,27 +20,25 @@ HEADER = f"""\
 
 #include <cstdint>
 
-#include "char_class.h"
-
 namespace fastgpt {{
 
 inline constexpr char kUnicodeVersion[] = "{VERSION}";
 
-struct CodePointRange {{
-  std::uint32_t first;
-  std::uint32_t last;  // inclusive
-  CharClass cls;
-}};
+// Ranges that cover all code points in order: the last one of the range << 8 | CharClass |
+// letter case << 3.
+inline constexpr std::uint32_t kUnicodeRanges[] = {{"""
 
-// Sorted; a code point in no range is kOther.
-inline constexpr CodePointRange kUnicodeRanges[] = {{"""
+CLASSES = {"L": 1, "N": 2}  # CharClass of char_class.h
+# Which half of a cased word of o200k the character may stand in: 1 the upper one, 2 the lower one.
+CASES = {"Lu": 1, "Lt": 1, "Ll": 2, "Lm": 3, "Lo": 3, "Mn": 3, "Mc": 3, "Me": 3}
 
 
-def char_class(cp: int) -> str:
-    """Class of one code point: `\\p{L}`, `\\p{N}`, `\\s` (newlines apart) or other."""
+def char_class(cp: int) -> int:
+    """Class of one code point: `\\p{L}`, `\\p{N}`, `\\s` (newlines apart) or other, and its case."""
     if cp in WHITE_SPACE:
-        return "kNewline" if cp in (0x0A, 0x0D) else "kSpace"
-    return {"L": "kLetter", "N": "kNumber"}.get(unicodedata2.category(chr(cp))[0], "kOther")
+        return 4 if cp in (0x0A, 0x0D) else 3
+    category = unicodedata2.category(chr(cp))
+    return CLASSES.get(category[0], 0) | CASES.get(category, 0) << 3
 
 
 def main() -> None:
@@ -48,13 +46,12 @@ def main() -> None:
     if unicodedata2.unidata_version != VERSION:
         sys.exit(f"need unicodedata2 with Unicode {VERSION}, got {unicodedata2.unidata_version}")
     print(HEADER)
-    first, current = 0, char_class(0)
-    for cp in range(1, 0x110001):
-        cls = char_class(cp) if cp < 0x110000 else ""
-        if cls != current:
-            if current != "kOther":
-                print(f"    {{0x{first:X}, 0x{cp - 1:X}, CharClass::{current}}},")
-            first, current = cp, cls
+    ranges = []
+    for cp in range(0x110000):
+        if cp == 0x10FFFF or char_class(cp) != char_class(cp + 1):
+            ranges.append(f"0x{cp << 8 | char_class(cp):X},")
+    for i in range(0, len(ranges), 8):
+        print("    " + " ".join(ranges[i : i + 8]))
     print("};\n\n}  // namespace fastgpt")
 
 

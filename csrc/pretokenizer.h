@@ -1,10 +1,14 @@
-// Hand-written scanners for the split patterns of GPT-2, GPT-4 (cl100k) and LLaMA-3.
+// Hand-written scanners for the split patterns of GPT-2, GPT-4 (cl100k), LLaMA-3 and o200k.
 //
 // Each returns exactly what the regular expression would match at p, for the whole text [p, end):
 //   GPT-2    '(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s
 //   GPT-4    '(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+
 //            | ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s
 //   LLaMA-3  as GPT-4 without \s++$ (so white space that ends the text is cut after a newline)
+//   o200k    [^\r\n\p{L}\p{N}]?U*L+C?|[^\r\n\p{L}\p{N}]?U+L*C?|\p{N}{1,3}|
+//   ?[^\s\p{L}\p{N}]+[\r\n/]*
+//            |\s*[\r\n]+|\s+(?!\S)|\s+   with U = [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}],
+//            L = [\p{Ll}\p{Lm}\p{Lo}\p{M}] and C = (?i:'s|'t|'re|'ve|'m|'ll|'d)
 // Every byte belongs to exactly one piece, and each is looked at a bounded number of times.
 #pragma once
 
@@ -16,7 +20,7 @@
 
 namespace fastgpt {
 
-enum class Pattern { kGpt2, kGpt4, kLlama3 };
+enum class Pattern { kGpt2, kGpt4, kLlama3, kO200k };
 
 namespace scan {
 
@@ -96,7 +100,7 @@ inline int contraction(Byte* p, Byte* end) {
 }
 
 // White space up to its last character if something else follows: \s++$|\s+(?!\S)|\s
-// With newlines apart: \s*[\r\n] comes first, before \s++$ (LLaMA-3) or behind it (GPT-4).
+// With newlines apart: \s*[\r\n] comes first, before \s++$ (LLaMA-3, o200k) or behind it (GPT-4).
 template <Pattern kPattern>
 inline Byte* white_end(Byte* p, Byte* end) {
   Byte* q = p;
@@ -109,7 +113,8 @@ inline Byte* white_end(Byte* p, Byte* end) {
     q += info.length;
     if (info.cls == CharClass::kNewline) behind_newline = q;
   }
-  if (kPattern != Pattern::kLlama3 && q == end) return q;
+  constexpr bool kEndFirst = kPattern == Pattern::kGpt2 || kPattern == Pattern::kGpt4;
+  if (kEndFirst && q == end) return q;
   if (kPattern != Pattern::kGpt2 && behind_newline) return behind_newline;
   if (q == end || last == p) return q;
   return last;
@@ -128,9 +133,11 @@ inline Byte* gpt2(Byte* p, Byte* end) {
   return white_end<Pattern::kGpt2>(p, end);
 }
 
+template <Pattern kPattern>
 inline Byte* symbols_end(Byte* p, Byte* end) {
+  constexpr bool kSlash = kPattern == Pattern::kO200k;
   p = run_end(p, end, CharClass::kOther);
-  while (p < end && (*p == '\r' || *p == '\n')) ++p;
+  while (p < end && (*p == '\r' || *p == '\n' || (kSlash && *p == '/'))) ++p;
   return p;
 }
 
@@ -156,10 +163,55 @@ inline Byte* gpt4(Byte* p, Byte* end) {
     // Any one character but a newline goes with the letters behind it, a blank with symbols too.
     const CharInfo next = classify(q, end);
     if (next.cls == CharClass::kLetter) return run_end(q + next.length, end, next.cls);
-    if (*p == ' ' && next.cls == CharClass::kOther) return symbols_end(q, end);
+    if (*p == ' ' && next.cls == CharClass::kOther) return symbols_end<kPattern>(q, end);
   }
-  if (info.cls == CharClass::kOther) return symbols_end(q, end);
+  if (info.cls == CharClass::kOther) return symbols_end<kPattern>(q, end);
   return white_end<kPattern>(p, end);
+}
+
+// End of U*L+|U+L* at p, or p if there is no match. Without `upper_alone` of U*L+ alone.
+inline Byte* cased_letters_end(Byte* p, Byte* end, bool upper_alone) {
+  Byte* q = p;
+  Byte* behind_both = p;  // behind the last character of U* that is in L too
+  while (q < end) {
+    const CasedInfo info = classify_cased(q, end);
+    if (!(info.cases & kUpper)) {
+      if (!info.cases) break;
+      do {  // U* has run into an L that it does not contain: L+ goes on from here
+        q += classify_cased(q, end).length;
+      } while (q < end && classify_cased(q, end).cases & kLower);
+      return q;
+    }
+    q += info.length;
+    if (info.cases & kLower) behind_both = q;
+  }
+  // U* gives back characters until L+ finds one, and that is then the last of the match.
+  if (behind_both != p) return behind_both;
+  return upper_alone ? q : p;
+}
+
+inline Byte* with_contraction(Byte* p, Byte* end) {
+  return p < end && *p == '\'' ? p + contraction<true>(p, end) : p;
+}
+
+inline Byte* o200k(Byte* p, Byte* end) {
+  const CasedInfo info = classify_cased(p, end);
+  Byte* const q = p + info.length;
+  if (info.cls == CharClass::kLetter) {
+    return with_contraction(cased_letters_end(p, end, true), end);
+  }
+  if (info.cls == CharClass::kNumber) return numbers_end(p, end);
+  if (info.cls != CharClass::kNewline) {
+    // Any one character but a newline goes with the word behind it; a mark is a word by itself.
+    const bool mark = info.cases != 0;
+    Byte* const word = cased_letters_end(q, end, !mark);
+    if (mark || word != q) return with_contraction(word, end);
+    if (info.cls == CharClass::kOther) return symbols_end<Pattern::kO200k>(q, end);
+    if (*p == ' ' && q < end && classify(q, end).cls == CharClass::kOther) {
+      return symbols_end<Pattern::kO200k>(q, end);
+    }
+  }
+  return white_end<Pattern::kO200k>(p, end);
 }
 
 }  // namespace scan
@@ -169,6 +221,8 @@ template <Pattern kPattern>
 inline const std::uint8_t* next_piece(const std::uint8_t* p, const std::uint8_t* end) {
   if constexpr (kPattern == Pattern::kGpt2) {
     return scan::gpt2(p, end);
+  } else if constexpr (kPattern == Pattern::kO200k) {
+    return scan::o200k(p, end);
   } else {
     return scan::gpt4<kPattern>(p, end);
   }
@@ -182,8 +236,10 @@ decltype(auto) with_pattern(Pattern pattern, F&& f) {
       return f(std::integral_constant<Pattern, Pattern::kGpt2>{});
     case Pattern::kGpt4:
       return f(std::integral_constant<Pattern, Pattern::kGpt4>{});
-    default:
+    case Pattern::kLlama3:
       return f(std::integral_constant<Pattern, Pattern::kLlama3>{});
+    default:
+      return f(std::integral_constant<Pattern, Pattern::kO200k>{});
   }
 }
 

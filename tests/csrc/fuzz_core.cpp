@@ -187,7 +187,7 @@ void check_damaged(Vocabulary vocabulary) {
 }
 
 void round() {
-  const auto pattern = static_cast<Pattern>(below(3));
+  const auto pattern = static_cast<Pattern>(below(4));
   std::vector<std::string> texts(below(12));
   for (auto& text : texts) text = random_bytes(200);
   const std::vector<std::string_view> views(texts.begin(), texts.end());
