@@ -321,7 +321,8 @@ void Trainer::merge_first(std::vector<IdPair>* merges) {
     if (std::max(left, right) >= text_.ids()) {
       throw std::invalid_argument("a first merge of ids that do not exist yet");
     }
-    if (pairs_.find(pair_key(left, right))) {
+    const PairInfo* const pair = pairs_.find(pair_key(left, right));
+    if (pair && pair->places) {  // it has none once all of them were merged elsewhere
       merge(left, right);
     } else {
       add_id(left, right);
