@@ -225,8 +225,9 @@ def gradient_kernel(
     stride_grad, stride_out, ignore_index, label_smoothing, z_loss, softcap, inv_softcap,
     SOFTCAP: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of every row from the statistics saved by ``loss_kernel``; ``out`` may be ``logits``,
-    columns adjacent.
+    """Gradient of every row from the statistics of ``loss_kernel``.
+
+    ``out`` may be ``logits`` if their columns are adjacent.
     """
     row = tl.program_id(0).to(tl.int64)
     target_col = tl.load(target + row * stride_target)
@@ -272,3 +273,49 @@ def loss_gradient_kernel(
             tl.load(grad + row * stride_grad), n_cols, 1,
             label_smoothing, z_loss, softcap, inv_softcap, SOFTCAP, VEC, BLOCK,
         )  # fmt: skip
+
+
+@triton.jit
+def whole_row_kernel(
+    logits, target, grad, loss, n_cols, stride_row, stride_target, stride_grad,
+    ignore_index, label_smoothing, z_loss, softcap, inv_softcap,
+    SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``loss_gradient_kernel`` for rows of at most BLOCK logits: each is read once and kept.
+
+    Rows start at 16-byte boundaries and end in padding up to the next one, which is set to 0.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    target_col = tl.load(target + row * stride_target)
+    lanes = tl.arange(0, BLOCK)
+    at = logits + tl.multiple_of(row * stride_row, VEC) + lanes
+    mask = lanes // VEC * VEC < n_cols
+    if target_col == ignore_index:
+        tl.store(loss + row, 0.0)
+        tl.store(at, tl.zeros([BLOCK], logits.dtype.element_ty), mask=mask)
+    else:
+        inside = lanes < n_cols
+        raw = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(inside, _capped(raw, softcap, inv_softcap, SOFTCAP), float("-inf"))
+        top = tl.maximum(tl.max(x, axis=0) * LOG2E, LOWEST)
+        e = tl.exp2(tl.fma(x, LOG2E, -top))
+        total = tl.sum(e, axis=0)
+        row_sum = top
+        if SMOOTHING:
+            row_sum = tl.sum(tl.where(inside, x, 0.0), axis=0)
+        own = lanes == target_col
+        target_logit = tl.sum(tl.where(own, x, 0.0), axis=0)
+        valid = (target_col >= 0) & (target_col < n_cols)
+        target_logit = tl.where(valid, target_logit, float("nan"))
+        value = _row_loss(
+            target_logit, top, total, row_sum, n_cols, label_smoothing, z_loss, SMOOTHING
+        )
+        tl.store(loss + row, value)
+        weight = tl.load(grad + row * stride_grad)
+        lse = (top + tl.log2(total)) * LN2
+        d = weight * (1.0 + 2.0 * z_loss * lse) / total * e - weight * label_smoothing / n_cols
+        d = tl.where(own, d - weight * (1.0 - label_smoothing), d)
+        if SOFTCAP:
+            d *= _cap_slope(raw, inv_softcap, SOFTCAP)
+        d = tl.where(inside, d, 0.0)
+        tl.store(at, d.to(logits.dtype.element_ty), mask=mask)

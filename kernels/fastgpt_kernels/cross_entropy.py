@@ -34,7 +34,12 @@ from fastgpt_kernels._common import (
     next_power_of_2,
     use_triton,
 )
-from fastgpt_kernels._loss_kernels import gradient_kernel, loss_gradient_kernel, loss_kernel
+from fastgpt_kernels._loss_kernels import (
+    gradient_kernel,
+    loss_gradient_kernel,
+    loss_kernel,
+    whole_row_kernel,
+)
 
 
 def vector_width(x: Tensor) -> int:
@@ -278,6 +283,20 @@ def aot_cases() -> list[AotCase]:
             label, kernel, fn, dtype, next_power_of_2(n_cols),
             {**_AOT_TYPES, "logits": f"*{name}", "out": f"*{name}"}, constants,
             ("n_cols", "stride_row", "stride_out") if n_cols % 16 == 0 else (),
+        )  # fmt: skip
+    for n_cols, (name, dtype), options in itertools.product(
+        (8192, 1000, 16384), AOT_DTYPES.items(), (False, True)
+    ):
+        constants = {
+            "SOFTCAP": soft_cap_mode(float(options), dtype),
+            "SMOOTHING": options,
+            "VEC": 16 // dtype.itemsize,
+            **dict.fromkeys(("stride_target", "stride_grad"), 1),
+        }
+        cases += aot_variants(
+            f"whole_row/{n_cols}_{name}{'_options' * options}", "whole_row", whole_row_kernel,
+            dtype, next_power_of_2(n_cols), {**_AOT_TYPES, "logits": f"*{name}"}, constants,
+            ("n_cols", "stride_row") if n_cols % 16 == 0 else ("stride_row",),
         )  # fmt: skip
     return cases
 

@@ -32,7 +32,7 @@ from fastgpt_kernels._linear import (
     logits_buffer,
     logits_into,
 )
-from fastgpt_kernels._loss_kernels import loss_gradient_kernel
+from fastgpt_kernels._loss_kernels import loss_gradient_kernel, whole_row_kernel
 from fastgpt_kernels.cross_entropy import (
     check_options,
     cross_entropy_bwd,
@@ -42,6 +42,9 @@ from fastgpt_kernels.cross_entropy import (
     soft_cap_mode,
     vector_width,
 )
+
+WHOLE_ROW = 16384
+"""Logits that registers hold: rows no longer are read from memory once, others twice."""
 
 # (ignore_index, label_smoothing, z_loss, softcap): how the loss is defined, as operators pass it.
 _Options = tuple[int, float, float, float]
@@ -58,14 +61,18 @@ def _chunk_loss_and_dlogits(
     n_rows, n_cols = logits.shape
     loss = logits.new_empty(n_rows, dtype=torch.float32)
     cap, inverse_cap = soft_cap_arguments(softcap)
-    config = launch_config("loss_gradient", logits.device, logits.dtype, next_power_of_2(n_cols))
+    bucket = next_power_of_2(n_cols)
+    whole = bucket <= WHOLE_ROW
+    fn = whole_row_kernel if whole else loss_gradient_kernel
+    name = "whole_row" if whole else "loss_gradient"
+    config = launch_config(name, logits.device, logits.dtype, bucket)
     flags: dict[str, Any] = {
         "SOFTCAP": soft_cap_mode(softcap, logits.dtype),
         "SMOOTHING": label_smoothing != 0,
         "VEC": vector_width(logits),
     }  # fmt: skip
     with device_guard(logits):
-        loss_gradient_kernel[(n_rows,)](
+        fn[(n_rows,)](
             logits, target, grad, loss, n_cols, logits.stride(0), target.stride(0), grad.stride(0),
             ignore_index, label_smoothing, z_loss, cap, inverse_cap, **flags, **config,
         )  # fmt: skip

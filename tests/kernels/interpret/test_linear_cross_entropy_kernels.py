@@ -39,10 +39,15 @@ def _operands(rows, width, vocabulary, dtype):
     return [*(x.to(dtype) for x in tensors), target]
 
 
+@pytest.mark.parametrize("whole_row", [0, 16384])
 @pytest.mark.parametrize(
     ("rows", "width", "vocabulary", "dtype", "layout", "option", "with_bias"), PAIRS
 )
-def test_linear_cross_entropy(rows, width, vocabulary, dtype, layout, option, with_bias):
+def test_linear_cross_entropy(
+    monkeypatch, rows, width, vocabulary, dtype, layout, option, with_bias, whole_row
+):
+    """Rows read in pieces, and rows kept whole."""
+    monkeypatch.setattr(MODULE, "WHOLE_ROW", whole_row)
     x, w, b, t = _operands(rows, width, vocabulary, dtype)
     options = OPTIONS[option]
     tensors = [x, w, t, b] if with_bias else [x, w, t]
