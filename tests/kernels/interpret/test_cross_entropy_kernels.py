@@ -8,6 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import LAYOUTS, compare, guard, huge_stride_rows, max_error
+from test_cross_entropy import (  # noqa: F401  (collected here too, where they reach the kernels)
+    test_gradient_over_the_logits_on_request,
+    test_logits_that_cannot_hold_their_gradient_are_left_alone,
+)
 
 from fastgpt_kernels import cross_entropy, reference
 from fastgpt_kernels.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
@@ -33,7 +37,7 @@ PAIRS = [
     (2, 50304, torch.float16, "transposed", 2, 1.0),
 ]
 FULL = list(
-    itertools.product((1, 7, 64), (8, 41, 1000, 50257, 50304), DTYPES, LAYOUTS, range(4), (3.0,))
+    itertools.product((1, 7), (8, 41, 1000, 50257, 50304), DTYPES, LAYOUTS, range(4), (3.0,))
 )
 
 
