@@ -309,7 +309,7 @@ def _missed(moved, size):
 
 def test_wide_backward_reads_again_from_the_cache(monkeypatch):
     """Two readings of x and dy, the second answered by an L2 cache that holds half of them."""
-    rows, columns, size = 120, 1024, 384 << 10
+    rows, columns, size = 144, 1024, 480 << 10
     monkeypatch.setattr(normalization, "FUSED_BACKWARD_MAX", columns - 1)
     monkeypatch.setattr(normalization, "INTERPRETED_L2", size)
     moved, x, grad, dx = _counted_backward(rows, columns, torch.bfloat16, True)
