@@ -84,6 +84,7 @@ def export(model: GPT, tokenizer: Tokenizer, out: Path) -> str:
         save_file(contiguous, out / "model.safetensors", metadata={"format": "pt"})
         _write_json(out / "config.json", settings)
         _write_json(out / "generation_config.json", ids)
+        shutil.copymode(out / "config.json", out / "model.safetensors")  # the library makes it 0600
         if settings["architectures"] == [REMOTE]:
             shutil.copyfile(Path(__file__).with_name(CODE), out / CODE)
         export_tokenizer(tokenizer, config.context, out)

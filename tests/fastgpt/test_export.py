@@ -74,6 +74,7 @@ def test_transformers_computes_the_same(name, tokenizer, tmp_path):
     model = make(shape, tokenizer.vocab_size)
     out = tmp_path / "out"
     assert export(model, tokenizer, out) == architecture
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
     theirs = load(out)
     assert type(theirs).__name__ == architecture
     assert theirs.dtype == torch.float32
