@@ -12,6 +12,7 @@
 
 #include "encoder.h"
 #include "parallel.h"
+#include "piece_finder.h"
 #include "rank_merges.h"
 #include "span_encoder.h"
 #include "trainer.h"
@@ -307,32 +308,23 @@ py::array_t<std::int64_t> piece_ends(const std::string& pattern, py::handle text
   std::vector<std::int64_t> ends;
   {
     const py::gil_scoped_release release;
-    with_pattern(kind, [&](auto p) {
-      const auto* const begin = reinterpret_cast<const std::uint8_t*>(view.data());
-      const auto* const end = begin + view.size();
-      for (const std::uint8_t* at = begin; at < end; ends.push_back(at - begin)) {
-        at = next_piece<decltype(p)::value>(at, end);
-      }
-    });
+    const auto* const begin = reinterpret_cast<const std::uint8_t*>(view.data());
+    for_each_piece(kind, begin, begin + view.size(),
+                   [&](const std::uint8_t* piece, std::size_t length) {
+                     ends.push_back(piece - begin + static_cast<std::ptrdiff_t>(length));
+                   });
   }
   return py::array_t<std::int64_t>(static_cast<py::ssize_t>(ends.size()), ends.data());
 }
 
-template <Pattern kPattern>
-void append_pieces(std::string_view text, py::list& out) {
-  const auto* p = reinterpret_cast<const std::uint8_t*>(text.data());
-  const auto* const end = p + text.size();
-  while (p < end) {
-    const std::uint8_t* const next = next_piece<kPattern>(p, end);
-    out.append(py::bytes(reinterpret_cast<const char*>(p), static_cast<std::size_t>(next - p)));
-    p = next;
-  }
-}
-
 py::list split(const std::string& pattern, py::handle text) {
   py::list out;
-  with_pattern(parse_pattern(pattern),
-               [&](auto p) { append_pieces<decltype(p)::value>(text_view(text), out); });
+  const std::string_view view = text_view(text);
+  const auto* const begin = reinterpret_cast<const std::uint8_t*>(view.data());
+  for_each_piece(parse_pattern(pattern), begin, begin + view.size(),
+                 [&](const std::uint8_t* piece, std::size_t length) {
+                   out.append(py::bytes(reinterpret_cast<const char*>(piece), length));
+                 });
   return out;
 }
 
@@ -350,6 +342,9 @@ PYBIND11_MODULE(_bpe, m) {
   m.attr("UNICODE_VERSION") = fastgpt::kUnicodeVersion;
   m.def("split", &fastgpt::split, py::arg("pattern"), py::arg("text"));
   m.def("piece_ends", &fastgpt::piece_ends, py::arg("pattern"), py::arg("text"));
+  m.def("simd_levels", &fastgpt::simd_levels);
+  m.def("simd_level", &fastgpt::simd_level);
+  m.def("set_simd_level", &fastgpt::set_simd_level, py::arg("name"));
   m.def("byte_ids", &fastgpt::byte_ids);
   m.def("rank_merges", &fastgpt::rank_merges, py::arg("tokens"));
   py::class_<PyEncoder>(m, "Encoder")

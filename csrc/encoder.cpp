@@ -5,6 +5,8 @@
 #include <functional>
 #include <stdexcept>
 
+#include "piece_finder.h"
+
 namespace fastgpt {
 namespace {
 
@@ -116,15 +118,9 @@ void Encoder::Release::operator()(EncodeState* state) const {
   owner->pool_.push_back(std::move(owned));
 }
 
+// In two steps over some pieces at a time, so that the places in the caches are on their way from
+// memory while the keys of the next pieces are being made.
 void Encoder::encode(std::string_view text, EncodeState& state, TokenBuffer& out) const {
-  with_pattern(vocabulary_.pattern,
-               [&](auto pattern) { encode_pieces<decltype(pattern)::value>(text, state, out); });
-}
-
-// In two steps over a few pieces at a time, so that the places in the caches are on their way from
-// memory while the next pieces are being cut.
-template <Pattern kPattern>
-void Encoder::encode_pieces(std::string_view text, EncodeState& state, TokenBuffer& out) const {
   using ShortCache = EncodeState::ShortCache;
   using LongCache = EncodeState::LongCache;
   struct Piece {
@@ -136,17 +132,17 @@ void Encoder::encode_pieces(std::string_view text, EncodeState& state, TokenBuff
       LongCache::Key long_key;
     };
   };
-  constexpr int kBatch = 32;
-  Piece batch[kBatch];
+  const PieceFinder find = piece_finder(vocabulary_.pattern);
+  const std::uint8_t* ends[kMaxFound];
+  Piece batch[kMaxFound];
   const auto* p = reinterpret_cast<const std::uint8_t*>(text.data());
   const auto* const end = p + text.size();
   while (p < end) {
-    int count = 0;
-    for (; count < kBatch && p < end; ++count) {
-      Piece& piece = batch[count];
-      const std::uint8_t* const next = next_piece<kPattern>(p, end);
+    const std::size_t count = find(p, end, ends);
+    for (std::size_t i = 0; i < count; ++i) {
+      Piece& piece = batch[i];
       piece.begin = p;
-      piece.length = static_cast<std::size_t>(next - p);
+      piece.length = static_cast<std::size_t>(ends[i] - p);
       if (piece.length <= ShortCache::kMaxLength) {
         piece.short_key = ShortCache::make_key(p, piece.length, end);
         piece.place = state.short_pieces.locate(piece.short_key);
@@ -154,9 +150,9 @@ void Encoder::encode_pieces(std::string_view text, EncodeState& state, TokenBuff
         piece.long_key = LongCache::make_key(p, piece.length, end);
         piece.place = state.long_pieces.locate(piece.long_key);
       }
-      p = next;
+      p = ends[i];
     }
-    for (int i = 0; i < count; ++i) {
+    for (std::size_t i = 0; i < count; ++i) {
       const Piece& piece = batch[i];
       if (piece.length <= ShortCache::kMaxLength) {
         encode_cached(piece, piece.short_key, state.short_pieces, state, out);

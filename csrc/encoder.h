@@ -78,8 +78,6 @@ class Encoder {
  private:
   static constexpr std::size_t kShortMerge = 32;
 
-  template <Pattern kPattern>
-  void encode_pieces(std::string_view text, EncodeState& state, TokenBuffer& out) const;
   template <class Piece, class Key, class Cache>
   void encode_cached(const Piece& piece, const Key& key, Cache& cache, EncodeState& state,
                      TokenBuffer& out) const;

@@ -34,7 +34,7 @@ CASES = {"Lu": 1, "Lt": 1, "Ll": 2, "Lm": 3, "Lo": 3, "Mn": 3, "Mc": 3, "Me": 3}
 
 
 def char_class(cp: int) -> int:
-    """Class of one code point: `\\p{L}`, `\\p{N}`, `\\s` (newlines apart) or other, and its case."""
+    """Class of a code point, `\\p{L}`, `\\p{N}`, `\\s` (newlines apart) or other, and its case."""
     if cp in WHITE_SPACE:
         return 4 if cp in (0x0A, 0x0D) else 3
     category = unicodedata2.category(chr(cp))
@@ -46,10 +46,9 @@ def main() -> None:
     if unicodedata2.unidata_version != VERSION:
         sys.exit(f"need unicodedata2 with Unicode {VERSION}, got {unicodedata2.unidata_version}")
     print(HEADER)
-    ranges = []
-    for cp in range(0x110000):
-        if cp == 0x10FFFF or char_class(cp) != char_class(cp + 1):
-            ranges.append(f"0x{cp << 8 | char_class(cp):X},")
+    classes = [*map(char_class, range(0x110000)), -1]
+    ends = [cp for cp in range(0x110000) if classes[cp] != classes[cp + 1]]
+    ranges = [f"0x{cp << 8 | classes[cp]:X}," for cp in ends]
     for i in range(0, len(ranges), 8):
         print("    " + " ".join(ranges[i : i + 8]))
     print("};\n\n}  // namespace fastgpt")

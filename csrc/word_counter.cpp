@@ -6,6 +6,7 @@
 
 #include "hash.h"
 #include "parallel.h"
+#include "piece_finder.h"
 
 namespace fastgpt {
 namespace {
@@ -92,12 +93,8 @@ void WordCounter::add(const std::vector<std::string_view>& texts) {
     WordMap& map = maps_[static_cast<std::size_t>(thread)];
     const auto* p = reinterpret_cast<const std::uint8_t*>(texts[i].data());
     const auto* const end = p + texts[i].size();
-    with_pattern(pattern_, [&](auto pattern) {
-      while (p < end) {
-        const std::uint8_t* const next = next_piece<decltype(pattern)::value>(p, end);
-        map.add(p, static_cast<std::size_t>(next - p), end, 1);
-        p = next;
-      }
+    for_each_piece(pattern_, p, end, [&](const std::uint8_t* word, std::size_t length) {
+      map.add(word, length, end, 1);
     });
   });
 }
