@@ -14,7 +14,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgpt.errors import UsageError
 from fastgpt.model import GPT, Block, KVCache, Linear, rotate
@@ -31,18 +31,21 @@ class Decoder:
 
     @torch.no_grad()
     def __init__(self, model: GPT):
+        dtype = model.compute_dtype
         with torch.device("meta"):
-            self.model = GPT(model.config, model.compute_dtype)
+            self.model = GPT(model.config, dtype)
         weights = dict(model.state_dict())
+        self.head = _linear(model.head_weight.detach(), None, dtype)
         for name, module in model.named_modules():
             if isinstance(module, Linear):
-                for parameter in [n for n, _ in module.named_parameters()]:
-                    weights[f"{name}.{parameter}"] = weights[f"{name}.{parameter}"].to(
-                        model.compute_dtype
-                    )
+                parent, _, leaf = name.rpartition(".")
+                bias = None if module.bias is None else module.bias.detach()
+                packed = _linear(module.weight.detach(), bias, dtype)
+                setattr(self.model.get_submodule(parent), leaf, packed)
+                weights.pop(f"{name}.weight")
+                weights.pop(f"{name}.bias", None)
         self.model.load_state_dict(weights, assign=True)
         self.model.requires_grad_(False).eval()
-        self.head = model.head_weight.detach().to(model.compute_dtype)
         self.blocks = [cast(Block, block) for block in self.model.blocks]
         self.bias: Tensor | None = None
 
@@ -53,7 +56,7 @@ class Decoder:
         Raises UsageError for an empty prompt, or one that leaves no room in the context.
         """
         longest = max(map(len, prompts), default=0)
-        context, device = self.model.config.context, self.head.device
+        context, device = self.model.config.context, self.model.wte.weight.device
         if not prompts or min(map(len, prompts)) == 0:
             raise UsageError("nothing to continue: the prompt is empty")
         if longest + n_new > context or n_new < 1:
@@ -68,7 +71,7 @@ class Decoder:
         if longest > min(map(len, prompts)):
             places = torch.arange(longest + n_new, device=device)
             hidden = places < starts_B[:, None, None, None]
-            self.bias = torch.zeros(hidden.shape, dtype=self.head.dtype, device=device)
+            self.bias = torch.zeros(hidden.shape, dtype=self.model.compute_dtype, device=device)
             self.bias.masked_fill_(hidden, float("-inf"))
         tokens_BT = torch.tensor(padded, dtype=torch.int64, device=device)
         with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
@@ -127,9 +130,39 @@ class Decoder:
         return attn.proj(out_BKGD.reshape(B, 1, -1))
 
     def _logits(self, hidden_B1C: Tensor) -> Tensor:
-        logits = F.linear(hidden_B1C[:, -1], self.head).float()
+        logits = self.head(hidden_B1C[:, -1]).float()
         cap = self.model.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class _Plain(nn.Module):
+    """A linear layer whose weight is cast already."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.arguments = weight, bias  # no parameters: nobody trains or saves them
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, *self.arguments)
+
+
+class _Packed(nn.Module):
+    """A linear layer in oneDNN's blocked layout: two thirds of the time at 16 rows in bfloat16."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self.arguments = packed, bias, "none", [], ""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(input, *self.arguments)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    # The operators that Inductor lowers frozen linear layers to.
+    packs = weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return (_Packed if packs else _Plain)(weight, bias)
 
 
 def draw(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:

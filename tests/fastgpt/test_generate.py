@@ -76,16 +76,28 @@ def test_rows_that_are_kept_go_on_as_before():
         logits = decoder.step(torch.tensor([texts[row][-1] for row in rows]))
 
 
-def test_weights_are_those_of_when_the_decoder_was_made():
-    """In bfloat16 they are copies; whoever trains meanwhile makes a new decoder."""
-    model = GPT(ROTARY, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_model_is_left_as_it_is(dtype):
+    """A decoder shares embeddings and norms, and has linear layers of its own."""
+    model = GPT(LEARNED, dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     decoder = Decoder(model)
-    for name, parameter in decoder.model.named_parameters():
-        linear = ".attn.qkv." in name or ".attn.proj." in name or ".mlp." in name
-        assert parameter.dtype == (torch.bfloat16 if linear else torch.float32), name
-        assert not parameter.requires_grad
+    logits = decoder.start([[1, 2]], 2)
+    assert logits.dtype == torch.float32
+    assert not any(p.requires_grad for p in decoder.model.parameters())
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
-    assert decoder.start([[1, 2]], 2).dtype == torch.float32
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("config", [LEARNED, EVERYTHING], ids=["learned", "everything"])
+def test_where_nothing_can_be_packed(config, monkeypatch):
+    from fastgpt import decoder
+
+    model = random_model(config)
+    packed = decoder.Decoder(model).start(PROMPTS, 2)
+    monkeypatch.setattr(decoder, "_Packed", decoder._Plain)
+    torch.testing.assert_close(decoder.Decoder(model).start(PROMPTS, 2), packed)
 
 
 def test_the_context_ends_the_continuation():
