@@ -15,6 +15,7 @@ import pytest
 import tokenizer_samples as samples
 
 from fastgpt import tokenizer_commands
+from fastgpt.documents import read_documents
 from fastgpt.encode_files import encode_file
 from fastgpt.errors import DataError, UsageError
 from fastgpt.shards import open_shard
@@ -184,15 +185,17 @@ def test_a_file_becomes_the_ids_of_its_documents(folder, tmp_path):
 def test_a_long_document_in_pieces_ends_once(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("fastgpt.documents.PIECE_BYTES", 5000)
     tokenizer = Tokenizer.from_file(folder / "t.json")
-    done = encode_file(folder / "a.txt", tokenizer, tmp_path / "x.bin")
-    text = (folder / "a.txt").read_text()
-    parts = [part.strip("\n") for part in text.split(EOT)]
-    expected = [[*tokenizer.encode(part), tokenizer.eot_id] for part in parts if part]
+    path = tmp_path / "long.txt"
+    text = "\n".join(f"line {i} of a long document" for i in range(30_000))
+    path.write_text(f"{text}\n{EOT}\nshort")
+    assert len(list(read_documents([path]))) > 3
+    done = encode_file(path, tokenizer, tmp_path / "x.bin")
+    expected = [[*tokenizer.encode(part), tokenizer.eot_id] for part in (text, "short")]
     shard = open_shard(
         tmp_path / "x.bin", vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash
     )
     assert shard.tokens.tolist() == list(chain(*expected))
-    assert done.documents == len(expected)
+    assert done.documents == 2
 
 
 def test_memory_does_not_follow_the_file(folder, tmp_path, monkeypatch):

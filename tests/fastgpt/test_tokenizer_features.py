@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.tokenizer import Tokenizer
+from fastgpt.tokenizer_bpe import Splitter
 
 EOT = "<|endoftext|>"
 PATTERN = r"\p{Lu}?\p{Ll}+|\p{N}{1,2}|[^\S\n]+|\n+|[^\s\p{L}\p{N}]+|\p{L}+"
@@ -236,6 +237,7 @@ def test_what_a_pattern_leaves_out_stays_in_the_text():
     tokenizer = Tokenizer.train(["words and words"], 270, pattern="[a-z]+")
     for text in ["a word, and 12 more!", "  ", "日本"]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert Splitter("[a-z]+").ends("12ab é3c").tolist() == [2, 4, 8, 9, 9]
 
 
 def test_a_missing_package_is_named():

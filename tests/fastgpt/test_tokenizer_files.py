@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -123,8 +124,13 @@ def test_what_a_tiktoken_file_cannot_say_is_refused(tmp_path):
     other_order = Tokenizer(
         type(vocabulary)("gpt2", vocabulary.tokens, (second, first, *rest), vocabulary.specials)
     )
-    with pytest.raises(ValueError, match="merges in another order"):
-        other_order.save(tmp_path / "x.tiktoken")
+    ranks = {bytes([i]): i for i in range(256)} | {b"abc": 256}  # whole pieces, or never
+    never = dataclasses.replace(
+        Tokenizer.from_tiktoken_ranks(ranks, "gpt2", {}).vocabulary, whole_pieces=False
+    )
+    for tokenizer in (other_order, Tokenizer(never)):
+        with pytest.raises(ValueError, match="merges in another order"):
+            tokenizer.save(tmp_path / "x.tiktoken")
     assert not list(tmp_path.iterdir())
 
 
@@ -274,8 +280,10 @@ def test_sentencepiece_models_of_every_kind(tmp_path, options):
         assert "".join([*map(stream.push, ids), stream.finish()]) == library.DecodeIds(ids)
     plain = [i for i in range(ours.vocab_size) if not library.IsByte(i)]
     for _ in range(300):
-        ids = rng.choices(plain, k=rng.randrange(6))
+        ids = rng.choices([*plain, *[library.PieceToId("▁")] * 99], k=rng.randrange(6))
         assert ours.decode(ids) == library.DecodeIds(ids)
+        stream = ours.stream_decoder()
+        assert "".join([*map(stream.push, ids), stream.finish()]) == library.DecodeIds(ids)
     batch = ours.encode_batch(texts, num_threads=2)
     assert [ids.tolist() for ids in batch] == library.EncodeAsIds(texts)
 
