@@ -69,7 +69,9 @@ class RewardConfig:
             steps=0, batch_tokens=8192, eval_every=0, save_every=200, sample_tokens=64
         )
     )
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(optimizer="adamw", lr=1e-3, weight_decay=0.0)
+    )
     model: FromRun = field(default_factory=ModelConfig)
 
     def check(self) -> None:
