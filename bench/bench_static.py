@@ -1,7 +1,8 @@
 """The static table: what the compiled kernels look like on a chip that need not be here.
 
 ``pytest bench/bench_static.py -s`` prints it and times the compilation of each kernel's main cases;
-``python -m fastgpt_kernels.static`` prints all cases and compares them with the accepted numbers.
+``python -m fastgpt_kernels.static`` prints all cases and compares them with the accepted numbers,
+``python -m bench.attention_estimate`` what attention's loop leaves to the tensor cores.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the static table is made by Triton's compiler")
 
+from bench import attention_estimate
 from fastgpt_kernels import static
 
 CASES = static.kernel_cases()
@@ -24,3 +26,14 @@ def test_static(benchmark, arch, monkeypatch, tmp_path):
     for case, row, found in checked:
         print(static.format_row(case.name, row) if row else case.name)
         assert not found, f"{case.name}: {found}"
+
+
+def test_attention_estimate():
+    """Bounds, not measurements: at D = 64 no worse than the best tile of Triton's tutorial."""
+    for arch in attention_estimate.RATES:
+        print("\n" + "\n".join(attention_estimate.table(arch)))
+    case = attention_estimate.forward_cases("sm_90")[0]
+    found = attention_estimate.estimate(case, "sm_90")
+    serial, overlapped = attention_estimate.TUTORIAL["sm_90", case.constexprs["HEAD_DIM"]]
+    assert found.serial >= serial - 0.005
+    assert found.overlapped >= overlapped - 0.005
