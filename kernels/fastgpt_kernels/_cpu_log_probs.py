@@ -115,9 +115,9 @@ def backward(
         # An ignored row may hold anything, and 0 * NaN is NaN.
         h = torch.where(kept_N1[rows], hidden_ND[rows], 0.0)
         logits = _logits(h, weight_VD, bias_V)
-        row = (x[rows, None] for x in (top_N, a_N, b_N))
+        top, a, b = (x[rows, None] for x in (top_N, a_N, b_N))
         run = _fused_gradient if logits.numel() > SMALL else _gradient
-        d = run(logits, *row, inverse_temperature, softcap)
+        d = run(logits, top, a, b, inverse_temperature, softcap)
         own = own_N[rows, None] * inverse_temperature
         if softcap:
             picked = torch.tanh(logits.gather(1, at_N1[rows]).float() / softcap)

@@ -18,6 +18,8 @@ Shapes: rewards, values, mask (B, T) of any strides.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -85,11 +87,11 @@ def _launch(
         return advantages, returns
     mask = mask.bool()
     config = launch_config("gae", values.device, torch.float32, 512)
-    strides = (*rewards.stride(), *values.stride(), *mask.stride())
     with device_guard(values):
         gae_kernel[(B,)](
             rewards, values, mask, advantages, returns, cdiv(T, config["BLOCK"]), T,
-            *strides, gamma, gae_lambda, **config,
+            rewards.stride(0), rewards.stride(1), values.stride(0), values.stride(1),
+            mask.stride(0), mask.stride(1), gamma, gae_lambda, **config,
         )  # fmt: skip
     return advantages, returns
 
@@ -146,7 +148,7 @@ def aot_cases() -> list[AotCase]:
         **dict.fromkeys(("gamma", "gae_lambda"), "fp32"),
         "mask": "*i1",
     }
-    ones = dict.fromkeys(("stride_rt", "stride_vt", "stride_mt"), 1)
+    ones: dict[str, Any] = dict.fromkeys(("stride_rt", "stride_vt", "stride_mt"), 1)
     return aot_variants("gae/rows", "gae", gae_kernel, torch.float32, 512, types, ones)
 
 

@@ -55,7 +55,9 @@ def _launch_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ignore_index, inverse_temperature, softcap = options
     n_rows, n_cols = hidden.shape[0], weight.shape[0]
-    results = tuple(hidden.new_empty(n_rows, dtype=torch.float32) for _ in range(4))
+    log_probs, entropy, top, total = (
+        hidden.new_empty(n_rows, dtype=torch.float32) for _ in range(4)
+    )
     step = chunk_rows(n_rows, n_cols)
     buffer = logits_buffer(hidden, weight, min(step, n_rows))
     config = launch_config("log_prob", hidden.device, hidden.dtype, next_power_of_2(n_cols))
@@ -63,16 +65,17 @@ def _launch_fwd(
         "SOFTCAP": soft_cap_mode(softcap, hidden.dtype), "VEC": vector_width(buffer)
     }  # fmt: skip
     scale = inverse_temperature * LOG2E
+    cap, inverse_cap = soft_cap_arguments(softcap)
     for start in range(0, n_rows, step):
         rows = slice(start, start + step)
         logits = logits_into(buffer, hidden[rows], weight, bias)
         with device_guard(logits):
             log_prob_kernel[(logits.shape[0],)](
-                logits, ids[rows], *(x[rows] for x in results), n_cols, logits.stride(0), 1,
-                ids.stride(0), ignore_index, scale, *soft_cap_arguments(softcap),
+                logits, ids[rows], log_probs[rows], entropy[rows], top[rows], total[rows], n_cols,
+                logits.stride(0), 1, ids.stride(0), ignore_index, scale, cap, inverse_cap,
                 **flags, **config,
             )  # fmt: skip
-    return results  # pyright: ignore[reportReturnType]
+    return log_probs, entropy, top, total
 
 
 def _launch_bwd(
@@ -103,6 +106,7 @@ def _launch_bwd(
         "VEC": vector_width(buffer),
     }  # fmt: skip
     scale = inverse_temperature * LOG2E
+    cap, inverse_cap = soft_cap_arguments(softcap)
     a, b, own = (x * inverse_temperature for x in (a, b, own))
     kept = (ids != ignore_index)[:, None]
     for start in range(0, n_rows, step):
@@ -113,8 +117,8 @@ def _launch_bwd(
         with device_guard(logits):
             log_prob_gradient_kernel[(logits.shape[0],)](
                 logits, ids[rows], top[rows], a[rows], b[rows], own[rows], n_cols,
-                logits.stride(0), ids.stride(0), ignore_index, scale,
-                *soft_cap_arguments(softcap), **flags, **config,
+                logits.stride(0), ids.stride(0), ignore_index, scale, cap, inverse_cap,
+                **flags, **config,
             )  # fmt: skip
         if needs[0]:
             torch.mm(logits, weight, out=dhidden[rows])
