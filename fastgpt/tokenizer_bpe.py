@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastgpt.tokenizer_json import MAX_ID, SPLIT_REGEX, Vocabulary, token_name
+from fastgpt.tokenizer_json import MAX_ID, SPLIT_REGEX, Vocabulary, token_of_name
 from fastgpt.tokenizer_text import (
     character_ends,
     last_cut,
@@ -79,9 +79,9 @@ class BytePair:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.source = vocabulary
         self.special_tokens = dict(vocabulary.specials)
-        names = {token_name(token) for token in vocabulary.tokens if token}
+        tokens = {token for token in vocabulary.tokens if token}
         for special in self.special_tokens:
-            if special in names:
+            if token_of_name(special) in tokens:
                 raise ValueError(f"special token {special!r} has the name of an ordinary token")
         try:
             specials = [(text.encode(), token_id) for text, token_id in self.special_tokens.items()]

@@ -83,6 +83,13 @@ def token_name(token: bytes) -> str:
     return "".join([_LETTER[byte] for byte in token])
 
 
+def token_of_name(name: str) -> bytes | None:
+    """The token that has this string in the file, None if it is the name of none."""
+    if not all(letter in _BYTE for letter in name):
+        return None
+    return bytes([_BYTE[letter] for letter in name])
+
+
 def dumps(vocabulary: Vocabulary) -> str:
     """The file as a string; equal vocabularies give equal strings."""
     names = [None if token is None else token_name(token) for token in vocabulary.tokens]

@@ -150,7 +150,7 @@ def test_a_pattern_of_ones_own():
     assert ours(texts, 900, f"(?:{same})") == ours(texts, 900, "gpt2")
 
 
-@pytest.mark.parametrize("pattern", ["gpt2", "gpt4", "llama3"])
+@pytest.mark.parametrize("pattern", samples.PATTERNS)
 def test_files_text_in_memory_and_iterators_give_the_same(pattern, tmp_path, monkeypatch):
     monkeypatch.setattr("fastgpt.tokenizer_bpe._SHARE_CHARACTERS", 5000)
     monkeypatch.setattr("fastgpt.tokenizer_text.BLOCK_BYTES", 7777)
