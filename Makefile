@@ -4,10 +4,13 @@ BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test full bench check clean
+.PHONY: train demo test full acceptance bench check clean
 
 train: .venv/train  ## train a small model on the embedded text
 	$(BIN)/python -m fastgpt.pretrain $(ARGS)
+
+demo: .venv/train  ## pretraining, finetuning, reward model and PPO, then compare the models
+	$(BIN)/python -m fastgpt.pipeline $(ARGS)
 
 # Interpreted and compiled kernels cannot share a process, hence two runs of pytest.
 test: .venv/test  ## the whole test suite
@@ -15,8 +18,11 @@ test: .venv/test  ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
 
 full: .venv/test  ## with the long matrices, soak and fuzz runs
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpret -m 'full or not full' $(ARGS)
-	$(BIN)/python -m pytest -m 'full or not full' $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpret -m 'not acceptance' $(ARGS)
+	$(BIN)/python -m pytest -m 'not acceptance' $(ARGS)
+
+acceptance: .venv/test  ## does the whole way improve a model? minutes, downloads 2 MB
+	$(BIN)/python -m pytest -m acceptance $(ARGS)
 
 bench: .venv/bench  ## throughput, each figure behind a correctness check
 	$(BIN)/python -m pytest bench $(ARGS)
