@@ -109,7 +109,9 @@ def summed_loss(
     )
     old_N = batch["old_log_probs_N"]
     policy_N = rl.policy_loss(log_probs_N, old_N, batch["advantages_N"], clip=weights.clip)
-    loss_N = policy_N - weights.entropy_coef * entropy_N
+    loss_N = policy_N
+    if weights.entropy_coef:  # its gradient costs a pass over all logits
+        loss_N = loss_N - weights.entropy_coef * entropy_N
     kl_N = torch.zeros_like(policy_N)
     if "kl_loss_coef" in batch:
         kl_N = rl.kl_estimate(log_probs_N, batch["ref_log_probs_N"], weights.kl_loss)
