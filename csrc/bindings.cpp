@@ -143,15 +143,11 @@ class PyEncoder {
   }
 
   py::bytes decode(py::handle ids) const {
-    std::string bytes;
     if (py::isinstance<py::array>(ids)) {
-      decode_array(py::reinterpret_borrow<py::array>(ids), bytes);
-    } else {
-      const std::vector<std::int64_t> values = integers(ids);
-      const py::gil_scoped_release release;
-      encoder_.decode(values.data(), values.size(), bytes);
+      return decode_array(py::reinterpret_borrow<py::array>(ids));
     }
-    return py::bytes(bytes);
+    const std::vector<std::int64_t> values = integers(ids);
+    return decode_values(values.data(), values.size());
   }
 
   std::size_t vocab_size() const { return encoder_.vocab_size(); }
@@ -207,9 +203,15 @@ class PyEncoder {
     values.reserve(static_cast<std::size_t>(size));
     // The size is read again each time: __index__ of an item may run code that shrinks the list.
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(fast.ptr()); ++i) {
-      const auto item = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(fast.ptr(), i));
+      PyObject* const item = PySequence_Fast_GET_ITEM(fast.ptr(), i);
       int overflow = 0;
-      const long long value = PyLong_AsLongLongAndOverflow(item.ptr(), &overflow);
+      long long value;
+      if (PyLong_CheckExact(item)) {  // runs no code that could free it
+        value = PyLong_AsLongLongAndOverflow(item, &overflow);
+      } else {
+        const auto held = py::reinterpret_borrow<py::object>(item);
+        value = PyLong_AsLongLongAndOverflow(held.ptr(), &overflow);
+      }
       if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
       values.push_back(overflow ? -1 : value);
     }
@@ -217,24 +219,39 @@ class PyEncoder {
   }
 
   template <class Id>
-  void decode_as(const py::array& ids, std::string& bytes) const {
-    const auto typed = py::array_t<Id, py::array::c_style | py::array::forcecast>::ensure(ids);
-    if (!typed) throw py::error_already_set();
-    const Id* data = typed.data();
-    const auto size = static_cast<std::size_t>(typed.size());
-    const py::gil_scoped_release release;
-    encoder_.decode(data, size, bytes);
+  py::bytes decode_values(const Id* data, std::size_t count) const {
+    std::size_t size = 0;
+    {
+      const py::gil_scoped_release release;
+      size = encoder_.decoded_size(data, count);
+    }
+    auto out = py::reinterpret_steal<py::bytes>(
+        PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
+    if (!out) throw py::error_already_set();
+    char* const bytes = PyBytes_AS_STRING(out.ptr());
+    {
+      const py::gil_scoped_release release;
+      encoder_.decode(data, count, bytes, size);
+    }
+    return out;
   }
 
-  void decode_array(const py::array& ids, std::string& bytes) const {
+  template <class Id>
+  py::bytes decode_as(const py::array& ids) const {
+    const auto typed = py::array_t<Id, py::array::c_style | py::array::forcecast>::ensure(ids);
+    if (!typed) throw py::error_already_set();
+    return decode_values(typed.data(), static_cast<std::size_t>(typed.size()));
+  }
+
+  py::bytes decode_array(const py::array& ids) const {
     const char kind = ids.dtype().kind();
     if (ids.ndim() != 1 || (kind != 'i' && kind != 'u')) {
       throw py::type_error("ids must be a one-dimensional array of integers");
     }
-    if (kind == 'u' && ids.itemsize() <= 2) return decode_as<std::uint16_t>(ids, bytes);
-    if (kind == 'u' && ids.itemsize() == 4) return decode_as<std::uint32_t>(ids, bytes);
-    if (ids.itemsize() <= 4) return decode_as<std::int32_t>(ids, bytes);
-    decode_as<std::int64_t>(ids, bytes);
+    if (kind == 'u' && ids.itemsize() <= 2) return decode_as<std::uint16_t>(ids);
+    if (kind == 'u' && ids.itemsize() == 4) return decode_as<std::uint32_t>(ids);
+    if (ids.itemsize() <= 4) return decode_as<std::int32_t>(ids);
+    return decode_as<std::int64_t>(ids);
   }
 
   Encoder encoder_;

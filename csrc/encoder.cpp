@@ -12,6 +12,7 @@ namespace {
 
 constexpr std::uint32_t kNone = MergeTable::kNone;
 constexpr std::uint32_t kEnd = 0xFFFFFFFF;  // no neighbour
+constexpr std::size_t kCopied = 16;         // bytes that decode() copies for most tokens
 // A state keeps the work space of pieces up to this many bytes; larger ones are given back.
 constexpr std::size_t kKeepNodes = std::size_t{1} << 20;
 
@@ -91,6 +92,7 @@ void Encoder::index_specials() {
     bytes_ += token;
     offsets_.push_back(bytes_.size());
   }
+  bytes_.append(kCopied, '\0');  // decode() reads on behind a token
 }
 
 void Encoder::index_whole_pieces() {
@@ -298,7 +300,7 @@ void Encoder::encode_with_specials(std::string_view text, const std::vector<std:
 }
 
 template <class Id>
-void Encoder::decode(const Id* ids, std::size_t count, std::string& out) const {
+std::size_t Encoder::decoded_size(const Id* ids, std::size_t count) const {
   std::size_t total = 0;
   for (std::size_t i = 0; i < count; ++i) {
     const auto id = static_cast<std::uint64_t>(ids[i]);  // a negative id becomes a huge one
@@ -309,19 +311,37 @@ void Encoder::decode(const Id* ids, std::size_t count, std::string& out) const {
     }
     total += offsets_[id + 1] - offsets_[id];
   }
-  std::size_t at = out.size();
-  out.resize(at + total);
-  for (std::size_t i = 0; i < count; ++i) {
-    const auto id = static_cast<std::size_t>(ids[i]);
-    const std::size_t length = offsets_[id + 1] - offsets_[id];
-    std::memcpy(&out[at], bytes_.data() + offsets_[id], length);
-    at += length;
-  }
+  return total;
 }
 
-template void Encoder::decode(const std::uint16_t*, std::size_t, std::string&) const;
-template void Encoder::decode(const std::uint32_t*, std::size_t, std::string&) const;
-template void Encoder::decode(const std::int32_t*, std::size_t, std::string&) const;
-template void Encoder::decode(const std::int64_t*, std::size_t, std::string&) const;
+template <class Id>
+void Encoder::decode(const Id* ids, std::size_t count, char* out, std::size_t size) const {
+  char* const end = out + size;
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto id = static_cast<std::uint64_t>(ids[i]);
+    const auto room = static_cast<std::size_t>(end - out);
+    if (id >= vocab_size() || offsets_[id + 1] - offsets_[id] > room) {
+      throw std::invalid_argument("the ids were changed while they were decoded");
+    }
+    const char* const token = bytes_.data() + offsets_[id];
+    const std::size_t length = offsets_[id + 1] - offsets_[id];
+    if (length <= kCopied && room >= kCopied) {
+      std::memcpy(out, token, kCopied);  // of fixed size; the next token overwrites the surplus
+    } else {
+      std::memcpy(out, token, length);
+    }
+    out += length;
+  }
+  if (out != end) throw std::invalid_argument("the ids were changed while they were decoded");
+}
+
+template std::size_t Encoder::decoded_size(const std::uint16_t*, std::size_t) const;
+template void Encoder::decode(const std::uint16_t*, std::size_t, char*, std::size_t) const;
+template std::size_t Encoder::decoded_size(const std::uint32_t*, std::size_t) const;
+template void Encoder::decode(const std::uint32_t*, std::size_t, char*, std::size_t) const;
+template std::size_t Encoder::decoded_size(const std::int32_t*, std::size_t) const;
+template void Encoder::decode(const std::int32_t*, std::size_t, char*, std::size_t) const;
+template std::size_t Encoder::decoded_size(const std::int64_t*, std::size_t) const;
+template void Encoder::decode(const std::int64_t*, std::size_t, char*, std::size_t) const;
 
 }  // namespace fastgpt

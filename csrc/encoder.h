@@ -68,9 +68,12 @@ class Encoder {
   void encode_with_specials(std::string_view text, const std::vector<std::size_t>& allowed,
                             EncodeState& state, TokenBuffer& out) const;
 
-  // Appends the bytes of ids; throws std::invalid_argument naming the first id without a token.
+  // Bytes that ids stand for; throws std::invalid_argument naming the first id without a token.
   template <class Id>
-  void decode(const Id* ids, std::size_t count, std::string& out) const;
+  std::size_t decoded_size(const Id* ids, std::size_t count) const;
+  // Writes those bytes. Throws std::invalid_argument if size is not decoded_size(ids, count).
+  template <class Id>
+  void decode(const Id* ids, std::size_t count, char* out, std::size_t size) const;
 
   std::size_t vocab_size() const { return offsets_.size() - 1; }
   const Vocabulary& vocabulary() const { return vocabulary_; }

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import time
 
 import numpy as np
 import pytest
 import tokenizer_samples as samples
 import tokenizers
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizer_samples import PATTERNS, nasty_text
 from tokenizers import Regex, models, trainers
 from tokenizers import pre_tokenizers as pre
 
-from fastgpt import tokenizer_json
+from fastgpt import _bpe, tokenizer_json
 from fastgpt.tokenizer import Tokenizer
 
 by_pattern = pytest.mark.parametrize("pattern", PATTERNS)
@@ -61,6 +63,80 @@ def test_a_million_random_strings_as_tiktoken(pattern):
     rng = random.Random(2)
     for _ in range(1_000_000):
         assert_as_tiktoken(pattern, samples.random_text(rng))
+
+
+@by_pattern
+@settings(max_examples=100, deadline=None)
+@given(text=st.lists(nasty_text, min_size=1, max_size=12).map(" word".join))
+def test_every_simd_level_finds_the_same_pieces(pattern, text):
+    before = _bpe.simd_level()
+    try:
+        found = []
+        for level in _bpe.simd_levels():
+            _bpe.set_simd_level(level)
+            found.append(_bpe.split(pattern, text))
+    finally:
+        _bpe.set_simd_level(before)
+    assert b"".join(found[0]) == text.encode()
+    assert all(pieces == found[0] for pieces in found[1:])
+
+
+# Mostly ASCII and longer than the 64 bytes that are looked at together; what stands at the edges
+# of the windows and around contractions, blanks, newlines and slashes is what can go wrong there.
+ASCII = [
+    *["a", "B", "word", "Word", "WORD", "wordWord", " ", "  ", "\t", "\n", "\r\n", "!", "/", "//"],
+    *[
+        "'",
+        "'s",
+        "'LL",
+        "'re",
+        "it's",
+        "!\n",
+        "\n/",
+        "!\n/!",
+        "\n  \n",
+        "\n    x",
+        "1",
+        "12",
+        "1234",
+    ],
+    *["x" * 61, "7" * 65, " " * 63, "\n" * 30, "é", "\u0301", "'\u017f"],
+]
+
+
+@by_pattern
+def test_long_ascii_as_tiktoken(pattern):
+    rng = random.Random(5)
+    for _ in range(60):
+        text = "".join(rng.choices(ASCII, k=rng.randrange(20, 400)))
+        expected = samples.pairs_reference(pattern).encode_ordinary(text)
+        before = _bpe.simd_level()
+        try:
+            for level in _bpe.simd_levels():
+                _bpe.set_simd_level(level)
+                assert samples.pairs(pattern).encode(text) == expected, (level, text)
+        finally:
+            _bpe.set_simd_level(before)
+
+
+def test_an_unknown_simd_level_is_named():
+    with pytest.raises(ValueError, match="scalar"):
+        _bpe.set_simd_level("mmx")
+
+
+# The case of 1 MB that is slow elsewhere; a quadratic step would take minutes.
+@pytest.mark.parametrize(
+    "text", ["a", "^", " ", "\n", "7", "中", "\u0301", "aA", "'s", "\t ", "\n/", "e\u0301"]
+)
+@by_pattern
+def test_a_megabyte_of_one_thing_as_fast_as_text(pattern, text):
+    long = text * (1_000_000 // len(text.encode())) + "x"
+    ours = samples.trained(pattern)
+    start = time.perf_counter()
+    ids = ours.encode_to_numpy(long)
+    seconds = time.perf_counter() - start
+    assert ours.decode(ids) == long
+    assert seconds < 5
 
 
 @by_pattern
