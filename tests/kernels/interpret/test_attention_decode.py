@@ -19,7 +19,9 @@ VARIANTS: tuple[dict[str, Any], ...] = ({}, {"window": 50}, {"softcap": 2.0})
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True, params=[2, 40], ids=["whole", "split"])
+@pytest.fixture(
+    autouse=True, params=[pytest.param(2, marks=pytest.mark.full), 40], ids=["whole", "split"]
+)
 def multiprocessors(request, monkeypatch):
     """With 2 a few heads fill the GPU; with 40 the keys of each are spread over it."""
     monkeypatch.setattr(module, "multiprocessor_count", lambda x: request.param // 2)
@@ -65,6 +67,11 @@ def judge(
 @pytest.mark.parametrize("T", [1, 3])
 def test_ragged_lengths(T, dtype):
     judge(T, lengths(200, 1, 0, 63, 64, 129), dtype=dtype)
+
+
+def test_one_run_of_keys(monkeypatch):
+    monkeypatch.setattr(module, "multiprocessor_count", lambda x: 1)
+    judge(3, lengths(200, 1, 0, 63, 64, 129), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
