@@ -13,7 +13,7 @@ from __future__ import annotations
 import codecs
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -318,10 +318,10 @@ class Tokenizer:
 
     def token_offsets(self, ids: Ids) -> np.ndarray:
         """int64 (n + 1,): id i stands for bytes [i] to [i + 1] of ``decode_bytes(ids)``."""
-        lengths = [len(self.token_bytes(token_id)) for token_id in np.asarray(ids).tolist()]
-        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        surplus = int(offsets[-1]) - len(self._decode(ids))  # blanks that sentencepiece takes away
+        size = len(self._decode(ids))
+        offsets = np.zeros(len(ids) + 1, dtype=np.int64)
+        np.cumsum(self._lengths[np.asarray(ids, dtype=np.int64)], out=offsets[1:])
+        surplus = int(offsets[-1]) - size  # blanks that sentencepiece takes away
         return np.maximum(offsets - surplus, 0) if surplus else offsets
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -338,11 +338,15 @@ class Tokenizer:
 
     def bytes_per_id(self) -> np.ndarray:
         """int64 (vocab_size,): bytes of text each id stands for, 0 for special tokens."""
-        lengths = np.array(
-            [len(token or b"") for token in self._engine.token_bytes], dtype=np.int64
-        )
+        lengths = self._lengths.copy()
         lengths[list(self.special_tokens.values())] = 0
         return lengths
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        # Of the tokens, special ones too.
+        lengths = [len(token or b"") for token in self._engine.token_bytes]
+        return np.array(lengths, dtype=np.int64)
 
     def stream_decoder(self, errors: str = "replace") -> StreamDecoder:
         """A decoder for ids that come one after the other."""
