@@ -130,6 +130,25 @@ def test_micro_batches_of_unequal_length_are_one_batch(algorithm):
         assert mean == pytest.approx(means[0], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_the_terms_of_the_loss_and_their_signs(algorithm):
+    """At ratio 1 the policy's term is the mean of -A, and a value is that of the rollout."""
+    config = dataclasses.replace(SMALL, algorithm=algorithm, entropy_coef=0.5, vf_coef=0.3)
+    experience = make(config)
+    move(experience)
+    (batch,) = experience.batches(0)
+    n = len(batch["targets_BT"])
+    loss = experience.loss(experience.problem.model, batch).item() / n
+    expected = -batch["advantages_N"].mean() - 0.5 * experience.stats.means["entropy"]
+    if algorithm == "ppo":
+        error = batch["old_values_N"] - batch["returns_N"]
+        expected += 0.3 * 0.5 * error.square().mean()
+    else:
+        difference = batch["old_log_probs_N"] - batch["ref_log_probs_N"]
+        expected += 0.1 * ((-difference).exp() - 1 + difference).mean()
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_every_response_is_used_once_in_each_pass():
     experience = make()
     for _ in range(2):
