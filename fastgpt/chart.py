@@ -34,8 +34,9 @@ def line_chart(
     width: int = 480,
     height: int = 220,
     format_y: Callable[[float], str] | None = None,
+    x_label: str = "step",
 ) -> str:
-    """An ``<svg>`` with axes, ticks and curves; the x axis counts steps.
+    """An ``<svg>`` with axes, ticks and curves.
 
     Non-finite values (and those <= 0 on a logarithmic axis) interrupt their curve and are marked on
     the x axis. Long curves are thinned: faint ones keep the extremes, others are averaged.
@@ -47,6 +48,7 @@ def line_chart(
         width: of the drawing, px; it scales with the page.
         height: px.
         format_y: text of a y tick; by size when ``None``.
+        x_label: what the x axis counts.
     """
     drawable = [(s, _segments(s, log)) for s in series]
     shown = [p for _, segments in drawable for segment in segments for p in segment]
@@ -60,14 +62,14 @@ def line_chart(
         return f'{head}<text x="{width / 2}" y="{height / 2}" class="mid">{text}</text></svg>'
     x_axis = _axis([p[0] for p in shown] + lost, _LEFT, width - _RIGHT, log=False, whole=True)
     y_axis = _axis([p[1] for p in shown], height - _BOTTOM, _TOP, log=log)
-    parts = [head, _grid(x_axis, y_axis, width, height, format_y or y_axis.text)]
+    parts = [head, _grid(x_axis, y_axis, width, height, format_y or y_axis.text, x_label)]
     for one, segments in drawable:
         draw = _dots if one.style == "dots" and len(one.points) <= _MOST_DOTS else _paths
         parts.append(draw(one, segments, x_axis, y_axis))
     base = height - _BOTTOM
     for x in sorted(set(lost))[:50]:
         at = f"{x_axis.place(x):.1f}"
-        title = f"step {x:g}: not finite"
+        title = f"{x_label} {x:g}: not finite"
         parts.append(f'<circle cx="{at}" cy="{base}" r="3.5" class="lost">{_title(title)}</circle>')
     return "".join([*parts, "</svg>"])
 
@@ -194,7 +196,9 @@ def _thin(points: list[Point], extremes: bool) -> list[Point]:
     return thinned if extremes else [points[0], *thinned, points[-1]]
 
 
-def _grid(x: _Axis, y: _Axis, width: int, height: int, text: Callable[[float], str]) -> str:
+def _grid(
+    x: _Axis, y: _Axis, width: int, height: int, text: Callable[[float], str], label: str
+) -> str:
     base, right = height - _BOTTOM, width - _RIGHT
     parts = []
     for value in y.ticks:
@@ -207,7 +211,7 @@ def _grid(x: _Axis, y: _Axis, width: int, height: int, text: Callable[[float], s
         parts.append(f'<text x="{at}" y="{base + 17}" class="x">{number(value, 0)}</text>')
     parts.append(f'<line x1="{_LEFT}" x2="{right}" y1="{base}" y2="{base}" class="axis"/>')
     middle = (_LEFT + right) / 2
-    parts.append(f'<text x="{middle:g}" y="{height - 5}" class="x">step</text>')
+    parts.append(f'<text x="{middle:g}" y="{height - 5}" class="x">{escape(label)}</text>')
     return "".join(parts)
 
 

@@ -98,7 +98,8 @@ class ModelConfig:
         C, H, K, D, F = self.n_embd, self.n_head, self.kv_heads, self.attn_dim, self.ff_dim
         attention = C * (H + 2 * K) * D + H * D * C
         mlp = (3 if self.mlp == "swiglu" else 2) * C * F
-        bias = (H + 2 * K) * D + C + F + C if self.bias else 0
+        up = 2 * F if self.mlp == "swiglu" else F
+        bias = (H + 2 * K) * D + C + up + C if self.bias else 0
         norm = C * (1 + (self.bias and self.norm == "layer_norm")) if self.norm_weight else 0
         norms_per_layer = 1 if self.parallel else 2
         qk = 2 * D if self.qk_norm and self.norm_weight else 0

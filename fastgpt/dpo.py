@@ -142,6 +142,7 @@ def dpo(config: DPOConfig, world: World) -> None:
         stop_at=config.stop_at,
         metrics=stage.metrics,
         stage_state=stage,
+        counted="prompts",
     )
     if world.rank == 0:
         finish(config, run, stage, tokenizer, result.evaluation)

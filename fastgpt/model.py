@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt.config import ModelConfig
-from fastgpt_kernels import attention, cpu, layer_norm, rms_norm
+from fastgpt_kernels import attention, gelu, layer_norm, relu_squared, rms_norm, rotary, swiglu
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -81,9 +81,12 @@ class Context:
     cache: KVCache | None
 
 
-def rotate(x_BHTD: Tensor, rotary: Rotary) -> Tensor:
+def rotate(x_BHTD: Tensor, angles: Rotary) -> Tensor:
     """Rotary position embedding, half-split layout (Su et al. 2021, arXiv:2104.09864)."""
-    cos, sin = rotary
+    cos, sin = angles
+    if x_BHTD.is_cuda:
+        return rotary(x_BHTD, cos, sin)
+    # On a CPU a compiled block fuses it with its neighbours, and decoding must compile nothing.
     a, b = x_BHTD.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTD.dtype)
 
@@ -133,13 +136,12 @@ class MLP(nn.Module):
         """(..., C) -> (..., C)."""
         h = self.up(x)
         if self.gate is not None:
-            h = F.silu(self.gate(x)) * h
+            # As in `rotate`: on a CPU it is the block that is compiled.
+            h = swiglu(self.gate(x), h) if h.is_cuda else F.silu(self.gate(x)) * h
         elif self.kind == "relu_squared":
-            h = F.relu(h).square()
-        elif self.kind == "gelu_tanh" and not h.is_cuda and torch.is_grad_enabled():
-            h = cpu.gelu_tanh(h)
+            h = relu_squared(h)
         else:
-            h = F.gelu(h, approximate="tanh" if self.kind == "gelu_tanh" else "none")
+            h = gelu(h, approximate="tanh" if self.kind == "gelu_tanh" else "none")
         return self.down(h)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +21,6 @@ from fastgpt.pair_metrics import (
     text_table,
 )
 from fastgpt.preferences import Comparison, all_pairs
-from fastgpt.rundir import write_atomic
 
 
 @dataclass(frozen=True)
@@ -95,13 +93,7 @@ def _calibration_chart(lines: Table) -> str:
         Series("accuracy", points, 1, "dots"),
     ]
     title = "Accuracy by predicted probability, %"
-    chart = line_chart(series, label=title).replace(">step<", ">predicted, %<")
+    chart = line_chart(series, label=title, x_label="predicted, %")
     caption = f"<figcaption>{title}{legend(series)}</figcaption>"
     figure = f'<figure>{caption}<div class="plot">{chart}</div></figure>'
     return f'<section class="charts">{figure}</section>'
-
-
-def with_sections(report: Path, parts: Sequence[str]) -> None:
-    """Put ``parts`` at the end of the page ``report``."""
-    page = report.read_text(encoding="utf-8")
-    write_atomic(report, page.replace("</main>", "\n".join([*parts, "</main>"])))

@@ -223,7 +223,9 @@ def stage_table(
         row: dict[str, Any] = {
             "stage": stage,
             "steps": last.get("step"),
-            "targets trained on": last.get("tokens"),
+            "trained on": next(
+                (f"{last[unit]:,} {unit}" for unit in ("tokens", "prompts") if unit in last), None
+            ),
             "time": f"{spent:.0f} s",
             "share": f"{100 * spent / total:.0f} %",
         }

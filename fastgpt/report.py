@@ -52,6 +52,7 @@ def write_report(
     samples: Sequence[Mapping[str, str]],
     config: Mapping[str, Any],
     environment: Mapping[str, Any],
+    sections: Sequence[str] = (),
 ) -> Path:
     """Write ``report.html``, and ``report.json`` from which it can be written again.
 
@@ -64,11 +65,16 @@ def write_report(
         samples: texts of the model, each with ``prompt`` and ``text`` (what it added).
         config: nested settings.
         environment: see `environment`.
+        sections: HTML of the stage's own, made of the parts in `fastgpt.page`.
 
     Returns:
         The path of the report.
     """
-    data = {"samples": [dict(sample) for sample in samples], "environment": dict(environment)}
+    data = {
+        "samples": [dict(sample) for sample in samples],
+        "environment": dict(environment),
+        "sections": list(sections),
+    }
     write_atomic(run.report_data_path, json.dumps(data, indent=1, default=str) + "\n")
     page = render(
         run.path.resolve().name,
@@ -77,6 +83,7 @@ def write_report(
         samples,
         config,
         environment,
+        sections,
     )
     write_atomic(run.report_path, page.encode("utf-8", errors="replace"))
     return run.report_path
@@ -97,7 +104,8 @@ def regenerate(run: RunDir) -> Path:
             config = tomllib.loads(run.config_path.read_text(encoding="utf-8"))
         if run.report_data_path.is_file():
             data = json.loads(run.report_data_path.read_bytes())
-        return write_report(run, data.get("samples", []), config, data.get("environment", {}))
+        samples, facts = data.get("samples", []), data.get("environment", {})
+        return write_report(run, samples, config, facts, data.get("sections", []))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UsageError(f"{run.path}: cannot write the report: {error}") from error
 
@@ -175,11 +183,13 @@ def render(
     samples: Sequence[Mapping[str, str]],
     config: Mapping[str, Any],
     facts: Mapping[str, Any],
+    sections: Sequence[str] = (),
 ) -> str:
     """The whole page as text."""
     body = [
         _tiles(metrics, timings),
         _curves(metrics, timings),
+        *sections,
         _evaluations(metrics),
         _samples(samples),
         facts_table("Configuration", flat(config)),
@@ -202,7 +212,8 @@ def _tiles(metrics: Records, timings: Records) -> str:
         recent = values[-math.ceil(len(values) / 50) :]
         shown.append(("train loss", f"{sum(recent) / len(recent):.3f}", "recent mean"))
     if values := _finite(metrics, "val_loss"):
-        note = "nats per token" if values[-1] == min(values) else f"best {min(values):.3f}"
+        unit = "nats per token" if "tokens" in metrics[-1] else ""
+        note = unit if values[-1] == min(values) else f"best {min(values):.3f}"
         shown.append(("validation loss", f"{values[-1]:.3f}", note))
     if values := _finite(metrics, "val_bpb"):
         shown.append(("bits per byte", f"{values[-1]:.3f}", "validation"))
@@ -236,7 +247,8 @@ def _loss_figure(metrics: Records) -> str:
     train = raw_and_smooth("train", points(metrics, "loss"))
     val = Series("validation", points(metrics, "val_loss"), 1, "dots")
     series = [*train, val] if val.points else train
-    return figure("Loss, nats per token", series, log=False, wide=True)
+    title = "Loss, nats per token" if metrics and "tokens" in metrics[-1] else "Loss"
+    return figure(title, series, log=False, wide=True)
 
 
 def _evaluations(metrics: Records) -> str:

@@ -140,6 +140,7 @@ def reward(config: RewardConfig, world: World) -> None:
         stop_at=config.stop_at,
         metrics=stage.metrics,
         stage_state=stage,
+        counted="prompts",
     )
     if world.rank == 0:
         finish(config, run, stage, result.evaluation)
@@ -377,7 +378,7 @@ def sample_answers(
 
 def finish(config: RewardConfig, run: RunDir, stage: Stage, evaluation: dict[str, float]) -> None:
     """Print and report how good the scores are."""
-    from fastgpt.pair_report import assess, sections, summary, with_sections
+    from fastgpt.pair_report import assess, sections, summary
     from fastgpt.report import environment, write_report
 
     samples: list[dict[str, str]] = []
@@ -394,8 +395,7 @@ def finish(config: RewardConfig, run: RunDir, stage: Stage, evaluation: dict[str
                 lines = ["", *(f"{shown[first + i]:+.2f}  {text}" for i, text in answers)]
                 prompt = ranking.prompt[-1]["content"]
                 samples.append({"prompt": prompt, "text": "\n".join(lines)})
-    report = write_report(run, samples, cli.to_tree(config), environment())
-    with_sections(report, parts)
+    report = write_report(run, samples, cli.to_tree(config), environment(), parts)
     if stage.samples is not None:
         mean, std = evaluation["sample_mean"], evaluation["sample_std"]
         print(

@@ -67,6 +67,10 @@ def load_model(
     tree = cli.read_toml(run.config_path, "--run")
     config = cli.from_tree(ModelConfig, tree["model"], str(run.config_path))
     config.check()
+    if any(run.checkpoints.glob("step_*/reward.safetensors")):
+        raise UsageError(
+            f"{path}: a reward model scores answers and writes none; give a run of another stage"
+        )
     checkpoint = load_checkpoint(run.checkpoints, step, only=("model",))
     where = pick_device(device, 0)
     with torch.device("meta"):

@@ -153,6 +153,7 @@ def train(
     stop_at: int | None = None,
     metrics: Evaluate | None = None,
     stage_state: StageState | None = None,
+    counted: str = "tokens",
 ) -> Result:
     """Train ``model`` in place up to ``config.steps`` optimizer steps.
 
@@ -171,6 +172,7 @@ def train(
         stop_at: save and end after this step.
         metrics: values of the stage's own, asked for after a step that is logged.
         stage_state: see `StageState`.
+        counted: what a target is, the name of their number in metrics.jsonl.
 
     Raises:
         Preempted: asked to end early; a checkpoint is saved.
@@ -204,7 +206,7 @@ def train(
             logged = bool(values) or step == 1 or step % config.log_every == 0
             if logged and metrics is not None:
                 values = metrics() | values
-            _report(progress, logs if logged else None, loop, stats, values)
+            _report(progress, logs if logged else None, loop, stats, values, counted)
             ending = stats.stop or step == stop_at
             if ending or _due(step, config.save_every, last):
                 saver.save(must_succeed=ending or last)
@@ -223,18 +225,27 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
+def _positions(batch: Sequence[Batch]) -> int:
+    names = ("inputs_BT", "tokens_BT")
+    tensors = [cast(Mapping[str, Tensor], micro) for micro in batch]
+    return sum(micro[name].numel() for micro in tensors for name in names if name in micro)
+
+
 def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
 
 
 @dataclass
 class _Stats:
-    """One step: mean loss, gradient norm before clipping, learning-rate multiplier, seconds."""
+    """One step: mean loss, gradient norm before clipping, learning-rate multiplier, seconds.
+
+    ``positions`` are the tokens read, padding included: what the work is proportional to.
+    """
 
     loss: float
     grad_norm: float
     lr_multiplier: float
-    tokens: int
+    positions: int
     seconds: float
     stop: bool
 
@@ -293,7 +304,7 @@ class _Loop:
         """Forward, backward, and an update unless something is not finite."""
         start = time.perf_counter()
         targets = sum(int((micro["targets_BT"] != IGNORE_INDEX).sum()) for micro in batch)
-        n_targets, asked = self.world.sum([targets, stop.asked])
+        n_targets, asked, positions = self.world.sum([targets, stop.asked, _positions(batch)])
         if n_targets == 0:
             raise DataError(f"step {self.state.step + 1}: no micro-batch has a target to predict")
         loss = self.world.sum([self._backward(batch, self.world.size / n_targets)])[0]
@@ -308,7 +319,7 @@ class _Loop:
         self.state.step += 1
         self.state.tokens += int(n_targets)
         seconds = time.perf_counter() - start
-        return _Stats(loss / n_targets, grad_norm, multiplier, int(n_targets), seconds, bool(asked))
+        return _Stats(loss / n_targets, grad_norm, multiplier, int(positions), seconds, bool(asked))
 
     def _backward(self, batch: Sequence[Batch], scale: float) -> float:
         """Accumulate gradients of ``scale`` x loss; return this process's summed loss."""
@@ -352,9 +363,10 @@ def _report(
     loop: _Loop,
     stats: _Stats,
     values: dict[str, float],
+    counted: str,
 ) -> None:
     step = loop.state.step
-    rate = stats.tokens / stats.seconds
+    rate = stats.positions / stats.seconds
     mfu = rate * loop.flops_per_token / loop.peak_flops
     lr = loop.optim.lr * stats.lr_multiplier
     progress.update(
@@ -372,8 +384,8 @@ def _report(
         loss=stats.loss,
         grad_norm=stats.grad_norm,
         lr=lr,
-        tokens=loop.state.tokens,
         skipped=loop.state.skipped,
+        **{counted: loop.state.tokens},
         **values,
     )
     logs.timings.log(step, tokens_per_s=rate, mfu=mfu, seconds=progress.elapsed())

@@ -247,7 +247,9 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     kind = _checked_approximation("gelu", approximate)
     if use_triton(input):
         return activation_fwd(input, None, kind)
-    return cpu.gelu_tanh(input) if kind == "gelu_tanh" else F.gelu(input)
+    if kind == "gelu_tanh" and torch.is_grad_enabled():  # what it saves, it saves in the backward
+        return cpu.gelu_tanh(input)
+    return F.gelu(input, approximate=approximate)
 
 
 def relu_squared(input: Tensor) -> Tensor:

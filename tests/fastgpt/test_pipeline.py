@@ -123,7 +123,7 @@ def test_shares_and_costs_add_up():
     metrics = {"pretrain": [{"step": 1, "tokens": 5}, {"step": 9, "tokens": 45}], "sft": []}
     rows = stage_table(metrics, {"pretrain": 90.0, "sft": 30.0}, price_per_hour=3.0)
     assert rows[0]["steps"] == 9
-    assert rows[0]["targets trained on"] == 45
+    assert rows[0]["trained on"] == "45 tokens"
     assert [row["share"] for row in rows] == ["75 %", "25 %", "100 %"]
     assert [row["cost"] for row in rows] == ["0.075", "0.025", "0.100"]
     assert "cost" not in stage_table(metrics, {"sft": 30.0}, price_per_hour=0.0)[0]
