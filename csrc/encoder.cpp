@@ -157,9 +157,9 @@ void Encoder::encode(std::string_view text, EncodeState& state, TokenBuffer& out
     for (std::size_t i = 0; i < count; ++i) {
       const Piece& piece = batch[i];
       if (piece.length <= ShortCache::kMaxLength) {
-        encode_cached(piece, piece.short_key, state.short_pieces, state, out);
+        encode_short(piece.begin, piece.length, end, piece.short_key, piece.place, state, out);
       } else if (piece.length <= LongCache::kMaxLength) {
-        encode_cached(piece, piece.long_key, state.long_pieces, state, out);
+        encode_long(piece.begin, piece.length, piece.long_key, piece.place, state, out);
       } else {
         merge_piece(piece.begin, piece.length, state, out);
       }
@@ -167,16 +167,38 @@ void Encoder::encode(std::string_view text, EncodeState& state, TokenBuffer& out
   }
 }
 
-template <class Piece, class Key, class Cache>
-inline void Encoder::encode_cached(const Piece& piece, const Key& key, Cache& cache,
-                                   EncodeState& state, TokenBuffer& out) const {
-  if (const int found = cache.find(key, piece.place, out.room(8))) {
+inline void Encoder::encode_short(const std::uint8_t* p, std::size_t length,
+                                  const std::uint8_t* end, const EncodeState::ShortCache::Key& key,
+                                  std::size_t place, EncodeState& state, TokenBuffer& out) const {
+  using LongCache = EncodeState::LongCache;
+  const int found = state.short_pieces.find(key, place, out.room(4));
+  if (found == EncodeState::ShortCache::kElsewhere) {
+    const LongCache::Key long_key = LongCache::make_key(p, length, end);
+    encode_long(p, length, long_key, state.long_pieces.locate(long_key), state, out);
+  } else if (found) {
+    out.advance(static_cast<std::size_t>(found));
+  } else {
+    const std::size_t before = out.size();
+    merge_piece(p, length, state, out);
+    const std::uint32_t* const ids = out.data() + before;
+    const std::size_t count = out.size() - before;
+    if (state.short_pieces.insert(key, place, ids, count)) return;
+    state.short_pieces.insert_elsewhere(key, place);
+    const LongCache::Key long_key = LongCache::make_key(p, length, end);
+    state.long_pieces.insert(long_key, state.long_pieces.locate(long_key), ids, count);
+  }
+}
+
+inline void Encoder::encode_long(const std::uint8_t* p, std::size_t length,
+                                 const EncodeState::LongCache::Key& key, std::size_t place,
+                                 EncodeState& state, TokenBuffer& out) const {
+  if (const int found = state.long_pieces.find(key, place, out.room(24))) {
     out.advance(static_cast<std::size_t>(found));
     return;
   }
   const std::size_t before = out.size();
-  merge_piece(piece.begin, piece.length, state, out);
-  cache.insert(key, piece.place, out.data() + before, out.size() - before);
+  merge_piece(p, length, state, out);
+  state.long_pieces.insert(key, place, out.data() + before, out.size() - before);
 }
 
 void Encoder::merge_piece(const std::uint8_t* p, std::size_t length, EncodeState& state,

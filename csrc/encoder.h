@@ -32,7 +32,7 @@ struct EncodeState {
   EncodeState();
 
   using ShortCache = PieceCache<2, 4>;
-  using LongCache = PieceCache<4, 8>;
+  using LongCache = PieceCache<4, 24>;  // and short pieces of many ids
   ShortCache short_pieces;
   LongCache long_pieces;
   struct Node {
@@ -81,9 +81,12 @@ class Encoder {
  private:
   static constexpr std::size_t kShortMerge = 32;
 
-  template <class Piece, class Key, class Cache>
-  void encode_cached(const Piece& piece, const Key& key, Cache& cache, EncodeState& state,
-                     TokenBuffer& out) const;
+  void encode_short(const std::uint8_t* p, std::size_t length, const std::uint8_t* end,
+                    const EncodeState::ShortCache::Key& key, std::size_t place, EncodeState& state,
+                    TokenBuffer& out) const;
+  void encode_long(const std::uint8_t* p, std::size_t length,
+                   const EncodeState::LongCache::Key& key, std::size_t place, EncodeState& state,
+                   TokenBuffer& out) const;
   void merge_piece(const std::uint8_t* p, std::size_t length, EncodeState& state,
                    TokenBuffer& out) const;
   void merge_short(const std::uint8_t* p, std::size_t length, TokenBuffer& out) const;

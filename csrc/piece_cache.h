@@ -43,40 +43,57 @@ class PieceCache {
     return place;
   }
 
-  // Copies the ids to out, which must have room for kIds, and returns their number; 0 is a miss.
+  // Copies the ids to out, which must have room for kIds, and returns their number; 0 is a miss,
+  // kElsewhere a piece that was noted without its ids.
   int find(const Key& key, std::size_t place, std::uint32_t* out) const {
     const Entry* bucket = &entries_[place];
     for (int way = 0; way < 2; ++way) {
       if (same(bucket[way].key, key)) {
         std::memcpy(out, bucket[way].ids, sizeof bucket[way].ids);
-        return count_of(bucket[way].key);
+        return count_of(bucket[way]);
       }
     }
     return 0;
   }
 
-  void insert(const Key& key, std::size_t place, const std::uint32_t* ids, std::size_t count) {
-    if (count > kIds) return;
-    Entry* bucket = &entries_[place];
-    if (bucket[0].key.word[kWords - 1]) bucket[1] = bucket[0];
-    bucket[0].key = key;
-    bucket[0].key.word[kWords - 1] |= static_cast<std::uint64_t>(count - 1) << kCountShift;
-    std::memcpy(bucket[0].ids, ids, count * sizeof *ids);
+  // Returns false if there are too many ids to keep.
+  bool insert(const Key& key, std::size_t place, const std::uint32_t* ids, std::size_t count) {
+    if (count > kMostIds) return false;
+    std::memcpy(entry_for(key, place, kWide ? 1 : count).ids, ids, count * sizeof *ids);
+    if (kWide) entries_[place].ids[kIds - 1] = static_cast<std::uint32_t>(count);
+    return true;
   }
 
+  // Notes that another cache may have the ids of this piece.
+  void insert_elsewhere(const Key& key, std::size_t place) { entry_for(key, place, kElsewhere); }
+
+  static constexpr int kElsewhere = 8;
+
  private:
-  // The last key byte holds the length (at most 31) and above it the number of ids less one.
+  // The last key byte holds the length (at most 31) and above it the number of ids less one; wide
+  // entries have the number in their last id.
   static constexpr int kCountShift = 61;
   static constexpr std::uint64_t kCountMask = 7ull << kCountShift;
-  static_assert(kMaxLength < 32 && kIds <= 8);
+  static constexpr bool kWide = kIds >= kElsewhere;
+  static constexpr std::size_t kMostIds = kWide ? kIds - 1 : kIds;
+  static_assert(kMaxLength < 32);
 
   struct Entry {
     Key key;
     std::uint32_t ids[kIds];
   };
 
-  static int count_of(const Key& key) {
-    return static_cast<int>(key.word[kWords - 1] >> kCountShift) + 1;
+  Entry& entry_for(const Key& key, std::size_t place, std::size_t count) {
+    Entry* bucket = &entries_[place];
+    if (bucket[0].key.word[kWords - 1]) bucket[1] = bucket[0];
+    bucket[0].key = key;
+    bucket[0].key.word[kWords - 1] |= static_cast<std::uint64_t>(count - 1) << kCountShift;
+    return bucket[0];
+  }
+
+  static int count_of(const Entry& entry) {
+    if (kWide) return static_cast<int>(entry.ids[kIds - 1]);
+    return static_cast<int>(entry.key.word[kWords - 1] >> kCountShift) + 1;
   }
 
   static bool same(const Key& stored, const Key& key) {
