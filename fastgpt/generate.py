@@ -139,10 +139,10 @@ def sample(
     Returns:
         int64 (B,).
     """
-    from fastgpt.decoder import draw
+    from fastgpt.decoder import draw, most_probable
 
     if sampling.temperature == 0:
-        return logits_BV.argmax(-1)
+        return most_probable(logits_BV)
     logits_BV = logits_BV / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         least = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
