@@ -1,0 +1,365 @@
+"""How ``patch`` treats ``transformers``, and ``attn_implementation="fastgpt"``.
+
+Nothing here imports ``transformers``: a model made of its classes has, and its modules are told by
+their names. Their bodies stay what they are in whatever version; GPT-2's attention gets ours by the
+configuration, LLaMA's besides by the name of the rotation that it calls.
+
+Masks. ``transformers`` describes who sees whom by functions of positions and a mask of padding.
+``attention_mask`` turns them into the ``doc_start`` of ``fastgpt_kernels.attention``, once for all
+layers: the first key of each query. That covers causal masks with padding on either side, packed
+sequences (from ``position_ids``), sliding windows and chunks; anything else is refused, never
+approximated. Queries that are padding get outputs of no meaning, as they always do.
+
+Legend: B batch, H heads, T queries, S keys, D head size.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt_kernels.activations import gelu, swiglu
+from fastgpt_kernels.attention import attention
+from fastgpt_kernels.attention_decode import attention_decode
+from fastgpt_kernels.cross_entropy import cross_entropy
+from fastgpt_kernels.linear_cross_entropy import linear_cross_entropy
+from fastgpt_kernels.normalization import rms_norm
+from fastgpt_kernels.rotary import rotary
+
+NAME = "fastgpt"
+"""Of the attention implementation."""
+_NO_MASK = (
+    "attention 'fastgpt' takes masks whose every query sees one run of keys up to its own (causal, "
+    "padded at either end, packed by position_ids, windowed); use attn_implementation='sdpa' for "
+)
+_OTHER_MATHEMATICS = ("position_bias", "s_aux", "head_mask", "output_attentions")
+
+
+def subclass(original: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    """``original`` with another ``forward``, under its name, which saved configurations hold."""
+    body = {
+        "forward": forward, "_fastgpt_original": original, "__module__": original.__module__,
+        "__qualname__": original.__qualname__, "__doc__": original.__doc__,
+    }  # fmt: skip
+    return type(original.__name__, (original,), body)
+
+
+def rebind(function: Callable[..., Any], names: dict[str, Any]) -> types.FunctionType:
+    """A copy of ``function`` that means something else by some of its global names."""
+    plain: Any = function
+    copy = types.FunctionType(
+        plain.__code__, {**plain.__globals__, **names}, plain.__name__, plain.__defaults__,
+        plain.__closure__,
+    )  # fmt: skip
+    copy.__kwdefaults__ = plain.__kwdefaults__
+    return copy
+
+
+def autocast_alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as PyTorch's attention casts them."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None,
+    sliding_window: int | None = None, softcap: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention as ``transformers.AttentionInterface`` calls it.
+
+    Args:
+        module: asked for ``is_causal`` if that is None.
+        query: (B, H, T, D).
+        key: (B, HK, S, D), the cached ones included; S >= T if causal.
+        value: like ``key``.
+        attention_mask: what ``attention_mask`` made of the masks.
+        dropout: must be 0.
+        scaling: factor on the dot products; D ** -0.5 if None.
+        is_causal: whether the last query sees the last key, the one before one key less ...
+        sliding_window: keys a query sees.
+        softcap: bound of the scores.
+        kwargs: ignored but for what would change the result, which is refused.
+
+    Returns:
+        (B, T, H, D), and None for the weights.
+
+    Raises:
+        ValueError: dropout, attention weights, a bias or a four-dimensional mask are asked for.
+    """
+    if dropout:
+        raise ValueError(f"attention 'fastgpt' has no dropout, got {dropout}; set it to 0")
+    asked = {name: kwargs.get(name) for name in _OTHER_MATHEMATICS}
+    refused = [name for name, value in asked.items() if value is not None and value is not False]
+    if refused:
+        raise ValueError(f"attention 'fastgpt' has no {refused[0]}; use 'eager' or 'sdpa'")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(_NO_MASK + "four-dimensional masks")
+    q, k, v = autocast_alike(query, key, value)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    options = {"scale": scaling, "window": sliding_window, "softcap": softcap or None}
+    (B, _, T, _), S = q.shape, k.shape[2]
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if causal and T == 1 and not gradients:
+        lengths = torch.full((B,), S, dtype=torch.int32, device=q.device)
+        starts = None if attention_mask is None else attention_mask[:, 0]
+        q_BTHD, k_BSHD, v_BSHD = (x.transpose(1, 2) for x in (q, k, v))
+        return attention_decode(
+            q_BTHD, k_BSHD, v_BSHD, lengths, cache_starts_B=starts, **options
+        ), None
+    out = attention(q, k, v, causal=causal, doc_start=attention_mask, **options)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def attention_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
+    mask_function: Any = None, attention_mask: Tensor | None = None, **kwargs: Any,
+) -> Tensor | None:  # fmt: skip
+    """Masks as ``transformers.AttentionMaskInterface`` has them made, for ``attention_forward``.
+
+    Plain causal and full attention need none. Otherwise the mask (B, T, S) is made once, as for
+    PyTorch's attention, read, and dropped.
+
+    Returns:
+        (B, T) int32, the first key each query sees, or None.
+
+    Raises:
+        ValueError: a mask that no such numbers describe, or a cache of fixed length. When compiled
+            the former is an assertion on the device.
+    """
+    masking = sys.modules["transformers.masking_utils"]
+    causal = "allow_is_bidirectional_skip" not in kwargs  # only the other kind is told
+    if isinstance(q_offset, Tensor) or (causal and q_offset + q_length != kv_offset + kv_length):
+        raise ValueError(_NO_MASK + "caches of fixed length")
+    compiling = torch.compiler.is_compiling()
+    unpadded = attention_mask is None or (not compiling and bool(attention_mask.all()))
+    plain = (masking.causal_mask_function, masking.bidirectional_mask_function)
+    if unpadded and mask_function in plain:
+        return None
+    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    seen = masking.sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
+        kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask, **kwargs,
+    )  # fmt: skip
+    start, fits = first_keys(seen[:, 0], causal=causal)
+    if compiling:
+        torch.ops.aten._assert_async.msg(fits, _NO_MASK + "others")
+    elif not fits:
+        raise ValueError(_NO_MASK + "others")
+    return start
+
+
+def first_keys(seen_BTS: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """(B, T) int32, the first key each query sees, and whether that says all there is to say.
+
+    Queries that do not see themselves are padding and do not count; the first key of one is that of
+    the query before, for ``doc_start`` must not decrease.
+    """
+    T, S = seen_BTS.shape[1:]
+    key_S = torch.arange(S, device=seen_BTS.device)
+    start_BT = seen_BTS.int().argmax(-1)
+    if not causal:
+        start_BT = start_BT.cummax(-1).values
+        return start_BT.int(), ((key_S >= start_BT[..., None]) == seen_BTS).all()
+    counts_BT = seen_BTS.diagonal(S - T, 1, 2)
+    start_BT = torch.where(counts_BT, start_BT, 0).cummax(-1).values
+    query_T1 = torch.arange(S - T, S, device=seen_BTS.device)[:, None]
+    told = (key_S >= start_BT[..., None]) & (key_S <= query_T1)
+    return start_BT.int(), ((told == seen_BTS).all(-1) | ~counts_BT).all()
+
+
+def register_attention() -> None:
+    """Make ``attn_implementation="fastgpt"`` known to ``transformers`` (5.24 is what is tested)."""
+    modeling = importlib.import_module("transformers.modeling_utils")
+    masking = importlib.import_module("transformers.masking_utils")
+    modeling.AttentionInterface.register(NAME, attention_forward)
+    masking.AttentionMaskInterface.register(NAME, attention_mask)
+
+
+@functools.cache
+def _rms_norm_class(original: type[nn.Module]) -> type[nn.Module]:
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        # A weight wider than the input makes the output as wide.
+        x = hidden_states.to(torch.promote_types(hidden_states.dtype, self.weight.dtype))
+        return rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+    return subclass(original, forward)
+
+
+@functools.cache
+def _mlp_class(original: type[nn.Module]) -> type[nn.Module]:
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+    return subclass(original, forward)
+
+
+def _mlp(module: Any) -> type[nn.Module] | str:
+    act = type(module.act_fn)
+    if act.__name__ not in ("SiLU", "SiLUActivation"):
+        return f"activation {act.__name__}"
+    return _mlp_class(type(module))
+
+
+@functools.cache
+def _gelu_class(original: type[nn.Module]) -> type[nn.Module]:
+    def forward(self, input: Tensor) -> Tensor:
+        return gelu(input, approximate="tanh")
+
+    return subclass(original, forward)
+
+
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1):
+    """``apply_rotary_pos_emb`` of LLaMA, whose angles (B, T, D) are the same in both halves."""
+    half = cos.shape[-1] // 2
+    cos, sin = (x[..., :half].unsqueeze(unsqueeze_dim) for x in (cos, sin))
+    return rotary(q, cos, sin), rotary(k, cos, sin)
+
+
+@functools.cache
+def _llama_attention_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The method as it is, but for the rotation that its name ``apply_rotary_pos_emb`` means."""
+    method = rebind(inspect.unwrap(original.forward), {"apply_rotary_pos_emb": _rotate})
+    renamed = "cache" in inspect.signature(method).parameters
+
+    @functools.wraps(original.forward)
+    def forward(self, *args, **kwargs):
+        if renamed and "past_key_values" in kwargs:  # what the decorator of the method does
+            kwargs["cache"] = kwargs.pop("past_key_values")
+        return method(self, *args, **kwargs)
+
+    return subclass(original, forward)
+
+
+_LLAMA = "transformers.models.llama.modeling_llama."
+_GPT2 = "transformers.models.gpt2.modeling_gpt2."
+
+RULES: dict[str, Callable[[Any], type[nn.Module] | str]] = {
+    _LLAMA + "LlamaRMSNorm": lambda module: _rms_norm_class(type(module)),
+    _LLAMA + "LlamaMLP": _mlp,
+    _LLAMA + "LlamaAttention": lambda module: _llama_attention_class(type(module)),
+    "transformers.activations.NewGELUActivation": lambda module: _gelu_class(type(module)),
+    "transformers.activations.GELUTanh": lambda module: _gelu_class(type(module)),
+}
+"""By full name of a type: the class that a module of it gets, or why it gets none."""
+
+
+def causal_lm_loss(
+    logits: Tensor, labels: Tensor | None, vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None, ignore_index: int = -100,
+    shift_labels: Tensor | None = None, **_: Any,
+) -> Tensor:  # fmt: skip
+    """``ForCausalLMLoss`` of ``transformers`` without its float32 copy of the logits."""
+    target = _targets(labels, shift_labels, ignore_index, logits)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = cross_entropy(
+        logits.reshape(-1, vocab_size), target, ignore_index=ignore_index, reduction=reduction
+    )
+    return _per_item(loss, num_items_in_batch)
+
+
+def _targets(labels: Any, shift_labels: Tensor | None, ignore_index: int, like: Tensor) -> Tensor:
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return shift_labels.reshape(-1).to(like.device)
+
+
+def _per_item(loss: Tensor, items: Tensor | int | None) -> Tensor:
+    if items is None:
+        return loss
+    return loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
+
+
+@functools.cache
+def _fused_loss_class(original: type[nn.Module], output: type) -> type[nn.Module]:
+    def forward(
+        self, input_ids=None, *args, labels=None, shift_labels=None, logits_to_keep=0,
+        num_items_in_batch=None, **kwargs,
+    ):  # fmt: skip
+        if labels is None and shift_labels is None:
+            return original.forward(
+                self, input_ids, *args, logits_to_keep=logits_to_keep, **kwargs
+            )  # fmt: skip
+        if args or logits_to_keep:
+            raise ValueError("patch(fuse_loss=True): give labels by keyword, and all of them")
+        kwargs["return_dict"] = True
+        outputs = self.base_model(input_ids, **kwargs)
+        hidden_ND = outputs.last_hidden_state.flatten(0, -2)
+        loss = linear_cross_entropy(
+            hidden_ND, self.lm_head.weight, _targets(labels, shift_labels, -100, hidden_ND),
+            reduction="mean" if num_items_in_batch is None else "sum",
+        )  # fmt: skip
+        rest = {name: x for name, x in outputs.items() if name != "last_hidden_state"}
+        return output(loss=_per_item(loss, num_items_in_batch), **rest)
+
+    return subclass(original, forward)
+
+
+_HEADS = {
+    _GPT2 + "GPT2LMHeadModel": "CausalLMOutputWithCrossAttentions",
+    _LLAMA + "LlamaForCausalLM": "CausalLMOutputWithPast",
+}
+
+
+def _attention_dropout(module: Any) -> float:
+    return module.attn_dropout.p if hasattr(module, "attn_dropout") else module.attention_dropout
+
+
+def _why_not(modules: list[Any]) -> str | None:
+    """Why attention modules that share a configuration keep their implementation."""
+    config = modules[0].config
+    current = config._attn_implementation
+    if current not in ("sdpa", "eager", None):
+        return f"attn_implementation {current!r} was chosen"
+    dropout = max(map(_attention_dropout, modules))
+    if dropout:
+        return f"dropout {dropout} on attention weights; set it to 0"
+    if any(getattr(module, "reorder_and_upcast_attn", False) for module in modules):
+        return "reorder_and_upcast_attn"
+    return None
+
+
+def settings(model: nn.Module, fuse_loss: bool) -> Iterator[tuple[str, Any, str | None, Any]]:
+    """What else to set: (module, owner, attribute, value), or (module, None, None, why not)."""
+    kinds = {_GPT2 + "GPT2Attention", _LLAMA + "LlamaAttention"}
+    sharing: dict[int, list[tuple[str, Any]]] = {}
+    for name, module in model.named_modules():
+        original = getattr(type(module), "_fastgpt_original", type(module))
+        full_name = f"{original.__module__}.{original.__qualname__}"
+        if full_name in kinds:
+            sharing.setdefault(id(module.config), []).append((name, module))
+        elif full_name in _HEADS:
+            yield from _head(name, module, original, full_name, fuse_loss)
+    for named in sharing.values():
+        name, first = named[0]
+        if first.config._attn_implementation == NAME:
+            continue
+        why_not = _why_not([module for _, module in named])
+        if why_not:
+            yield name, None, None, why_not
+        else:
+            register_attention()
+            yield name, first.config, "_attn_implementation", NAME
+
+
+def _head(name: str, module: Any, original: type[nn.Module], full_name: str, fuse_loss: bool):
+    loss = module.loss_function
+    if loss is not causal_lm_loss:
+        if getattr(loss, "__name__", "") != "ForCausalLMLoss":
+            yield name, None, None, "its loss is not ForCausalLMLoss"
+            return
+        yield name, module, "_loss_function", causal_lm_loss
+    if fuse_loss and type(module) is original:
+        output = getattr(sys.modules[original.__module__], _HEADS[full_name])
+        yield name, module, "__class__", _fused_loss_class(original, output)
