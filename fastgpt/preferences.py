@@ -4,9 +4,9 @@ A comparison is one prompt with all its answers, each as ``[prompt, answer, <|en
 go into one forward pass and one optimizer step: pairs of a prompt spread over an epoch would show
 each answer K - 1 times, and a model overfits on that (InstructGPT, arXiv:2203.02155, section 3.5).
 
-Rows of a fixed length hold answers back to back, each seeing only itself; a micro-batch always has
-the same shape. Comparison g of a run is number ``permute(g % n, n, (seed, g // n))``, as in
-`fastgpt.data`.
+Rows of a fixed length hold answers back to back, each seeing only itself; a micro-batch has as many
+rows as its answers fill, for a compiled block takes any number of them. Comparison g of a run is
+number ``permute(g % n, n, (seed, g // n))``, as in `fastgpt.data`.
 
 Shape suffixes: B rows, T positions, R answers, P pairs, N tokens to predict.
 """
@@ -129,15 +129,12 @@ def row_length(seq_len: int | None, context: int) -> int:
 
 
 def micro_rows(micro_batch: int | None, seq_len: int, device: torch.device) -> int:
-    """Rows of a forward pass: ``micro_batch``, or what 16k tokens (GPU) or 2k (CPU) hold.
-
-    A step's last micro-batch is filled up with nothing, so small ones waste less.
-    """
-    return micro_batch or max(1, (16384 if device.type == "cuda" else 2048) // seq_len)
+    """Most rows of a forward pass: ``micro_batch``, or what 16k tokens (GPU) or 4k (CPU) hold."""
+    return micro_batch or max(1, (16384 if device.type == "cuda" else 4096) // seq_len)
 
 
 class PackedComparisons:
-    """Comparisons packed into micro-batches of ``rows`` x ``seq_len``; ``len()`` counts them.
+    """Comparisons packed into micro-batches of up to ``rows`` x ``seq_len``; ``len()`` counts them.
 
     Answers are numbered through all comparisons, ``n_answers`` in all. Raises ValueError for an
     answer that fits no row.
@@ -222,7 +219,8 @@ class PackedComparisons:
         """
         texts = [ids for i in members for ids in self.comparisons[i].answers]
         packed = pack(np.array([len(ids) for ids in texts], dtype=np.int64), self.seq_len)
-        B, T = max(self.rows, len(packed)), self.seq_len
+        # A single row among batches of several would be compiled on its own.
+        B, T = max(min(2, self.rows), len(packed)), self.seq_len
         inputs = np.zeros((B, T), dtype=np.int64)
         positions = np.zeros((B, T), dtype=np.int64)
         # A place without an answer sees itself alone.
