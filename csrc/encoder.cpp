@@ -40,6 +40,7 @@ Encoder::Encoder(Vocabulary vocabulary)
   check_merges();
   index_bytes();
   index_specials();
+  longest_first_.emplace(vocabulary_.tokens, vocabulary_.merges, merges_, byte_id_);
   if (vocabulary_.whole_pieces) index_whole_pieces();
 }
 
@@ -209,11 +210,19 @@ void Encoder::merge_piece(const std::uint8_t* p, std::size_t length, EncodeState
   }
   if (length == 1) {
     out.push(byte_id_[*p]);
+  } else if (prefers_longest_first(p, length)) {
+    out.advance(longest_first_->encode(p, length, out.room(length)));
   } else if (length <= kShortMerge) {
     merge_short(p, length, out);
   } else {
     merge_long(p, length, state, out);
   }
+}
+
+// Short ASCII merges in few steps within tables that the processor has at hand.
+inline bool Encoder::prefers_longest_first(const std::uint8_t* p, std::size_t length) const {
+  if (!longest_first_->usable() || length > LongestFirst::kMaxLength) return false;
+  return length > kShortMerge || (p[0] | p[1]) >= 0x80;
 }
 
 // Repeated search for the lowest rank: quadratic, but the fastest while everything fits in a line

@@ -4,12 +4,14 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "longest_first.h"
 #include "merge_table.h"
 #include "piece_cache.h"
 #include "pretokenizer.h"
@@ -89,6 +91,7 @@ class Encoder {
                    TokenBuffer& out) const;
   void merge_piece(const std::uint8_t* p, std::size_t length, EncodeState& state,
                    TokenBuffer& out) const;
+  bool prefers_longest_first(const std::uint8_t* p, std::size_t length) const;
   void merge_short(const std::uint8_t* p, std::size_t length, TokenBuffer& out) const;
   void merge_long(const std::uint8_t* p, std::size_t length, EncodeState& state,
                   TokenBuffer& out) const;
@@ -100,6 +103,7 @@ class Encoder {
   Vocabulary vocabulary_;
   MergeTable merges_;
   std::uint32_t byte_id_[256];
+  std::optional<LongestFirst> longest_first_;
   std::vector<std::uint32_t> byte_pair_rank_;  // [first byte << 8 | second byte]
   // Tokens that their own merges do not lead to; filled only if vocabulary_.whole_pieces.
   std::unordered_map<std::string, std::uint32_t> unreachable_;

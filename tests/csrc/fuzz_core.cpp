@@ -204,7 +204,65 @@ void check_damaged(Vocabulary vocabulary) {
   }
 }
 
+// The lowest rank first, of equal ones the leftmost, one merge at a time.
+Ids merge_one_by_one(Ids ids, const MergeTable& table) {
+  while (true) {
+    std::uint32_t best = MergeTable::kNone;
+    std::size_t at = 0;
+    for (std::size_t i = 0; i + 1 < ids.size(); ++i) {
+      const std::uint32_t rank = table.rank(ids[i], ids[i + 1]);
+      if (rank < best) {
+        best = rank;
+        at = i;
+      }
+    }
+    if (best == MergeTable::kNone) return ids;
+    ids[at] = table.id(best);
+    ids.erase(ids.begin() + static_cast<std::ptrdiff_t>(at) + 1);
+  }
+}
+
+// Merges that no trainer would make, over so few letters that all tokens overlap.
+void check_longest_first() {
+  std::vector<std::string> tokens(256);
+  for (int byte = 0; byte < 256; ++byte) {
+    tokens[gpt2_byte_ids()[byte]] = std::string(1, static_cast<char>(byte));
+  }
+  Ids known;
+  const std::size_t letters = 1 + below(4);
+  for (std::size_t i = 0; i < letters; ++i) known.push_back(gpt2_byte_ids()['a' + i]);
+  std::vector<Merge> merges;
+  for (std::size_t i = below(60); i > 0; --i) {
+    const std::uint32_t left = known[below(known.size())];
+    const std::uint32_t right = known[below(known.size())];
+    if (tokens[left].size() + tokens[right].size() > 20) continue;
+    const std::string token = tokens[left] + tokens[right];
+    const auto found = std::find(tokens.begin(), tokens.end(), token);
+    const auto id = static_cast<std::uint32_t>(found - tokens.begin());
+    if (found == tokens.end()) {
+      known.push_back(id);
+      tokens.push_back(token);
+    }
+    merges.push_back({left, right, id});
+  }
+  if (!merges.empty() && below(4) == 0) {
+    std::swap(merges[below(merges.size())], merges[below(merges.size())]);
+  }
+  const MergeTable table(merges);
+  const LongestFirst longest_first(tokens, merges, table, gpt2_byte_ids());
+  if (!longest_first.usable()) return;
+  for (int i = 0; i < 30; ++i) {
+    std::string piece(2 + below(below(8) ? 30 : LongestFirst::kMaxLength - 1), 'a');
+    for (char& c : piece) c = static_cast<char>('a' + below(letters));
+    Ids ids(piece.size());
+    ids.resize(longest_first.encode(reinterpret_cast<const std::uint8_t*>(piece.data()),
+                                    piece.size(), ids.data()));
+    require(ids == merge_one_by_one(bytes_as_ids(piece), table), "ids, the longest first");
+  }
+}
+
 void round() {
+  for (int i = 0; i < 20; ++i) check_longest_first();
   const auto pattern = static_cast<Pattern>(below(4));
   for (int i = 0; i < 20; ++i) check_levels(pattern, random_bytes(400));
   std::vector<std::string> texts(below(12));
