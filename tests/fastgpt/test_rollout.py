@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from fastgpt import rl
 from fastgpt.config import ModelConfig
+from fastgpt.decoder import draw
 from fastgpt.distributed import World
 from fastgpt.errors import UsageError
 from fastgpt.model import GPT
@@ -188,3 +190,18 @@ def test_the_kl_of_the_own_samples_is_not_negative_in_expectation():
     rows = rows_of(prompts, sample(reference, prompts, numbers))
     kl_BR = rl.kl_estimate(scored(policy, rows, 64), scored(reference, rows, 64), "k1")
     assert rl.masked_mean(kl_BR, rows.mask_BR) < -5 * spread
+
+
+@pytest.mark.parametrize("vocab_size", [1, 100, 128, 129, 1000])
+def test_draw_is_where_the_running_sum_passes_the_number(vocab_size):
+    generator = torch.Generator().manual_seed(vocab_size)
+    probs = torch.rand(400, vocab_size, generator=generator) ** 6
+    probs[torch.rand(probs.shape, generator=generator) < 0.5] = 0.0
+    probs[:, vocab_size // 2] += 1e-3
+    uniforms = torch.rand(400, generator=generator, dtype=torch.float64)
+    uniforms[:100], uniforms[100:200] = 0.0, 1 - 2**-53
+    drawn = draw(probs, uniforms)
+    sums = probs.double().numpy().cumsum(1)
+    rows = zip(sums, (uniforms.numpy() * sums[:, -1]), strict=True)
+    assert drawn.tolist() == [int(np.searchsorted(row, place, "right")) for row, place in rows]
+    assert (probs.gather(1, drawn[:, None]) > 0).all()
