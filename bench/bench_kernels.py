@@ -1,0 +1,305 @@
+"""Every public kernel against PyTorch (and liger-kernel): ``pytest bench/bench_kernels.py``.
+
+A case is timed only after its results and gradients passed the error rule: at most twice
+(gradients: three times) PyTorch's own error against float64. Then ours and its peers take turns,
+round by round, on inputs that rotate through more memory than the L2 cache holds, so that drift
+meets all alike; what counts is the median of a round and its spread. How to read it: README.md.
+
+FASTGPT_BENCH_SAVE=1 writes ``results/kernels_<device>.json``. Where that file is of the same GPU, a
+median above the accepted one by more than both spreads fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("pytest_benchmark", reason="pip install -e .[bench]")
+
+from bench.kernel_cases import CASES, DTYPE, GPU, Case, Function
+
+RESULTS = Path(__file__).parent / "results"
+ROUNDS = 32 if GPU else 8
+DIRECTIONS = ("forward", "backward", "both")
+PEAKS = {  # dense bf16 TFLOP/s and TB/s as the makers state them
+    "A100-SXM4-80GB": (312, 2.039),
+    "H100 80GB HBM3": (989, 3.35),
+    "H200": (989, 4.8),
+    "B200": (2250, 8.0),
+    "MI300X": (1307, 5.3),
+}
+found: dict[str, Any] = {}
+
+
+def leaves(case: Case, inputs: list[Tensor]) -> list[Tensor]:
+    return [
+        x.detach().requires_grad_(case.backward and i not in case.constant)
+        for i, x in enumerate(inputs)
+    ]
+
+
+def outputs(result: Any) -> list[Tensor]:
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def gradients(out: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    wanted = [x for x in inputs if x.requires_grad]
+    return list(torch.autograd.grad(out, wanted, grads))
+
+
+def results(case: Case, function: Function, inputs: list[Tensor], double: bool) -> list[Tensor]:
+    inputs = [x.double() if double and x.is_floating_point() else x for x in inputs]
+    inputs = leaves(case, inputs)
+    out = outputs(function(*inputs))
+    if not case.backward:
+        return out
+    torch.manual_seed(1)
+    grads = [torch.randn(x.shape, device=x.device).to(x.dtype) for x in out]
+    return out + gradients(out, inputs, grads)
+
+
+@cache
+def check(case: Case) -> int:
+    """The error rule at the small size; returns how many results there are."""
+    torch.manual_seed(0)
+    inputs = case.inputs(True)
+    mine, theirs = (results(case, f, inputs, False) for f in (case.ours, case.torch))
+    exact = results(case, case.exact, inputs, True)
+    n_outputs = len(outputs(case.ours(*inputs)))
+    for index, (a, b, c) in enumerate(zip(mine, theirs, exact, strict=True)):
+        error, native = ((x.double() - c).abs().max().item() for x in (a, b))
+        # A gradient of bfloat16 inputs is no better than its incoming gradient.
+        dtype = a.dtype if a.dtype == torch.float32 else DTYPE
+        steps = 2.0 if dtype == torch.float32 else 0.5
+        floor = steps * torch.finfo(dtype).eps * c.abs().max().item()
+        limit = (2 if index < n_outputs else 3) * native + floor
+        assert error <= limit, f"{case.id}, result {index}: error {error:.2e} > {limit:.2e}"
+    return len(exact)
+
+
+def rotating(case: Case) -> list[list[Tensor]]:
+    """Sets of inputs, together twice the L2 cache of the GPU; two on a CPU."""
+    first = leaves(case, case.inputs(False))
+    size = sum(x.numel() * x.element_size() for x in first)
+    cache_size = torch.cuda.get_device_properties(0).L2_cache_size if GPU else 0
+    more = max(1, min(15, 2 * cache_size // size))
+    return [first, *(leaves(case, case.inputs(False)) for _ in range(more))]
+
+
+def clock(run: Callable[[], Any]) -> float:
+    """Seconds of ``run``: on a GPU between events, launched while a kernel before them sleeps."""
+    if not GPU:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(2_000_000)  # about 1 ms
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def once(case: Case, function: Function, inputs: list[Tensor], direction: str) -> float:
+    """Seconds of one call; what a direction leaves out happens before the clock starts."""
+    ready: list[Any] = []
+
+    def forward() -> None:
+        ready[:] = outputs(function(*inputs))
+
+    def backward() -> None:
+        gradients(ready, inputs, ones)
+
+    if direction == "forward":
+        return clock(forward)
+    forward()
+    ones = [torch.ones_like(x) for x in ready]
+    if direction == "backward":
+        return clock(backward)
+    return clock(lambda: (forward(), backward()))
+
+
+def peak_memory(case: Case, function: Function, inputs: list[Tensor], direction: str) -> int | None:
+    """Bytes beyond the inputs; only a GPU's allocator tells."""
+    if not GPU:
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    once(case, function, inputs, direction)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def traffic(case: Case, inputs: list[Tensor], direction: str) -> int:
+    """Bytes that must move: inputs and outputs once each, and in the backward their gradients."""
+    with torch.no_grad():
+        out = sum(x.numel() * x.element_size() for x in outputs(case.torch(*inputs)))
+    given = sum(x.numel() * x.element_size() for x in inputs)
+    wanted = sum(x.numel() * x.element_size() for x in inputs if x.requires_grad)
+    forward, backward = given + out, given + out + wanted
+    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+
+def summary(seconds: list[float], flops: int, size: int, memory: int | None) -> dict[str, Any]:
+    quarter, median, three = statistics.quantiles(seconds, n=4)
+    row: dict[str, Any] = {"ms": median * 1e3, "spread": (three - quarter) / median}
+    row["tflop_per_s" if flops else "gb_per_s"] = (
+        flops / median / 1e12 if flops else size / median / 1e9
+    )
+    name = torch.cuda.get_device_name(0) if GPU else ""
+    peak = next((value for key, value in PEAKS.items() if key in name), None)
+    if peak:
+        row["of_roofline"] = max(flops / peak[0] / 1e12, size / peak[1] / 1e12) / median
+    if memory is not None:
+        row["peak_bytes"] = memory
+    return row
+
+
+def measure(case: Case, direction: str) -> dict[str, Any]:
+    """Provider -> median, spread, rate; and the median over rounds of peer / ours."""
+    torch.manual_seed(0)
+    providers = {"ours": case.ours, **case.peers()}
+    sets = rotating(case)
+    seconds: dict[str, list[float]] = {name: [] for name in providers}
+    for function in providers.values():
+        for inputs in sets[:2]:
+            once(case, function, inputs, direction)
+    for index in range(ROUNDS):
+        inputs = sets[index % len(sets)]
+        # Forth and back: who goes first pays for the memory that the last one gave back.
+        for name in list(providers)[:: 1 if index % 4 < 2 else -1]:
+            seconds[name].append(once(case, providers[name], inputs, direction))
+    forward, backward = case.flops
+    flops = {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    size = traffic(case, sets[0], direction)
+    rows: dict[str, Any] = {
+        name: summary(times, flops, size, peak_memory(case, providers[name], sets[0], direction))
+        for name, times in seconds.items()
+    }
+    for name, times in seconds.items():
+        pairs = [t / mine for t, mine in zip(times, seconds["ours"], strict=True)]
+        rows[name]["over_ours"] = statistics.median(pairs)
+    return rows
+
+
+def stamp() -> dict[str, Any]:
+    """Where and with what the figures were taken."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True, text=True, cwd=RESULTS.parent,
+    )  # fmt: skip
+    device: dict[str, Any] = {"device": "cpu", "machine": platform.machine()}
+    if GPU:
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True,
+        ) if torch.version.hip is None else None  # fmt: skip
+        device = {
+            "device": torch.cuda.get_device_name(0),
+            "driver": driver.stdout.split("\n")[0] if driver else torch.version.hip,
+            "cuda": torch.version.cuda,
+        }
+    else:
+        device |= {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    versions = {"torch": torch.__version__}
+    for package in ("triton", "liger_kernel"):
+        try:
+            module = __import__(package)
+            versions[package] = getattr(module, "__version__", "installed")
+        except ImportError:
+            versions[package] = "not installed"
+    return {**device, **versions, "dtype": str(DTYPE), "commit": commit.stdout.strip()}
+
+
+def path_of(device: str) -> Path:
+    return RESULTS / f"kernels_{device.lower().replace(' ', '_')}.json"
+
+
+def regression(new: dict[str, Any], accepted: dict[str, Any] | None) -> str | None:
+    """Why ``new`` is slower than ``accepted`` by more than the spread of both, or None."""
+    if accepted is None:
+        return None
+    limit = accepted["ms"] * (1 + accepted["spread"] + new["spread"])
+    if new["ms"] <= limit:
+        return None
+    return f"{new['ms']:.4f} ms, accepted {accepted['ms']:.4f}, with both spreads {limit:.4f}"
+
+
+@cache
+def accepted() -> dict[str, Any]:
+    path = path_of(stamp()["device"])
+    return json.loads(path.read_text())["cases"] if GPU and path.exists() else {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def save():
+    yield
+    if os.environ.get("FASTGPT_BENCH_SAVE") and found:
+        facts = stamp()
+        text = json.dumps({"stamp": facts, "cases": found}, indent=1)
+        path_of(facts["device"]).write_text(text + "\n")
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_kernel(benchmark, case, direction):
+    if not case.backward and direction != "forward":
+        pytest.skip(f"{case.name} has no gradient")
+    check(case)
+    rows = measure(case, direction)
+    inputs = leaves(case, case.inputs(False))
+    benchmark.group = f"{case.id} {direction}"
+    benchmark.extra_info.update(rows)
+    benchmark.pedantic(lambda: once(case, case.ours, inputs, direction), rounds=3)
+    found[f"{case.id} {direction}"] = rounded(rows)
+    peers = "  ".join(f"{n} {r['over_ours']:.2f}x" for n, r in rows.items() if n != "ours")
+    print(f"\n{case.id} {direction}: {rows['ours']['ms']:.3f} ms; {peers}")
+    why = regression(rows["ours"], accepted().get(f"{case.id} {direction}", {}).get("ours"))
+    assert why is None, f"{case.id} {direction}: {why}"
+
+
+def rounded(rows: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: {key: float(f"{value:.4g}") for key, value in row.items()}
+        for name, row in rows.items()
+    }
+
+
+def test_the_rule_can_fail():
+    old = {"ms": 1.0, "spread": 0.05}
+    assert regression({"ms": 1.07, "spread": 0.03}, old) is None
+    assert "1.0900 ms" in str(regression({"ms": 1.09, "spread": 0.03}, old))
+    assert regression({"ms": 9.0, "spread": 0.0}, None) is None
+
+
+def test_charts(tmp_path):
+    plot = pytest.importorskip("bench.plot", reason="pip install matplotlib")
+    rows = {"ours": {"ms": 1.0, "spread": 0.1, "over_ours": 1.0}}
+    rows["torch"] = {"ms": 2.0, "spread": 0.1, "over_ours": 2.0}
+    cases = {f"gelu-tanh {direction}": rows for direction in DIRECTIONS}
+    path = tmp_path / "kernels_x.json"
+    path.write_text(json.dumps({"stamp": {"device": "x", "torch": "2"}, "cases": cases}))
+    written = plot.draw(path, tmp_path / "charts")
+    assert [p.name for p in written] == [
+        f"kernels_x_{direction}.{kind}" for direction in DIRECTIONS for kind in ("png", "svg")
+    ]
+    assert "gelu-tanh" in written[1].read_text()
+
+
+def test_every_public_function_has_a_case():
+    import fastgpt_kernels
+
+    measured = {case.name for case in CASES} | {"attention_with_lse"}  # attention's own kernel
+    assert measured == set(fastgpt_kernels.__all__)
