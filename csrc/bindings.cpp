@@ -99,21 +99,29 @@ class PyEncoder {
     return to_numpy(ids, narrow_);
   }
 
+  py::array encode_parallel(py::handle text, int threads) {
+    const std::string_view view = text_view(text);
+    const std::vector<Encoder::State> states = acquire(threads, (view.size() >> 18) + 1);
+    TokenBuffer ids;
+    {
+      const py::gil_scoped_release release;
+      encoder_.encode_parallel(view, states, ids);
+    }
+    return to_numpy(ids, narrow_);
+  }
+
   py::list encode_batch(const py::sequence& texts, int threads) {
     // A fast sequence keeps every text alive whatever happens to the caller's list meanwhile.
     const py::tuple held(texts);
     std::vector<std::string_view> views;
     views.reserve(held.size());
     for (const py::handle text : held) views.push_back(text_view(text));
-    const int wanted = std::min(
-        resolve_threads(threads),
-        static_cast<int>(std::min<std::size_t>(std::max<std::size_t>(views.size(), 1), 1024)));
-    std::vector<Encoder::State> states;
-    for (int i = 0; i < wanted; ++i) states.push_back(encoder_.acquire());
+    const std::vector<Encoder::State> states = acquire(threads, views.size());
     std::vector<TokenBuffer> results(views.size());
     {
       const py::gil_scoped_release release;
-      parallel_for(views.size(), wanted, [&](std::size_t i, int thread) {
+      parallel_for(views.size(), static_cast<int>(states.size()), [&](std::size_t i, int thread) {
+        results[i].reserve(likely_size(views[i]));
         encoder_.encode(views[i], *states[static_cast<std::size_t>(thread)], results[i]);
       });
     }
@@ -168,10 +176,24 @@ class PyEncoder {
     return vocabulary;
   }
 
+  // States for as many threads as are wanted, but no more than there is work for.
+  std::vector<Encoder::State> acquire(int threads, std::size_t work) const {
+    const auto wanted = std::min(static_cast<std::size_t>(resolve_threads(threads)), work);
+    std::vector<Encoder::State> states;
+    for (std::size_t i = 0; i < std::max<std::size_t>(wanted, 1); ++i) {
+      states.push_back(encoder_.acquire());
+    }
+    return states;
+  }
+
+  // Ids that most texts do not have more of; what is left of the memory goes back.
+  static std::size_t likely_size(std::string_view text) { return text.size() / 3 + 16; }
+
   TokenBuffer run(std::string_view text, const std::vector<std::size_t>& allowed) const {
     // The state is taken and given back under the GIL, so that no fork can meet a locked pool.
     const Encoder::State state = encoder_.acquire();
     TokenBuffer ids;
+    ids.reserve(likely_size(text));
     const auto encode = [&] {
       if (allowed.empty()) return encoder_.encode(text, *state, ids);
       encoder_.encode_with_specials(text, allowed, *state, ids);
@@ -259,6 +281,45 @@ class PyEncoder {
   bool narrow_;
   std::vector<py::object> integers_;
 };
+
+// A method that Python calls without the argument parsing of pybind11, which takes longer than the
+// ids of a short text: (text, allowed) with the encoder in a capsule. The capsule keeps it alive.
+template <auto kMethod>
+PyObject* call_encoder(PyObject* capsule, PyObject* const* args, Py_ssize_t count) {
+  try {
+    if (count != 2) throw py::type_error("expected a text and the allowed special tokens");
+    auto* const encoder = static_cast<PyEncoder*>(PyCapsule_GetPointer(capsule, nullptr));
+    std::vector<std::size_t> allowed;
+    if (!PyTuple_CheckExact(args[1]) || PyTuple_GET_SIZE(args[1]) > 0) {
+      allowed = py::cast<std::vector<std::size_t>>(py::handle(args[1]));
+    }
+    return (encoder->*kMethod)(args[0], allowed).release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+template <auto kMethod>
+py::object bound_method(const py::object& self, const char* name) {
+  static PyMethodDef definition{
+      name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_encoder<kMethod>)),
+      METH_FASTCALL, "(text: str | bytes, allowed: Sequence[int])"};
+  const auto capsule = py::reinterpret_steal<py::object>(PyCapsule_New(
+      self.cast<PyEncoder*>(), nullptr,
+      [](PyObject* held) { Py_DECREF(static_cast<PyObject*>(PyCapsule_GetContext(held))); }));
+  if (!capsule) throw py::error_already_set();
+  PyCapsule_SetContext(capsule.ptr(), self.inc_ref().ptr());
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&definition, capsule.ptr()));
+}
 
 class PyTrainer {
  public:
@@ -370,8 +431,16 @@ PYBIND11_MODULE(_bpe, m) {
                     const std::vector<std::pair<py::bytes, std::uint32_t>>&, bool>(),
            py::arg("pattern"), py::arg("tokens"), py::arg("merges"), py::arg("specials"),
            py::arg("whole_pieces"))
-      .def("encode", &PyEncoder::encode, py::arg("text"), py::arg("allowed"))
-      .def("encode_to_numpy", &PyEncoder::encode_to_numpy, py::arg("text"), py::arg("allowed"))
+      .def_property_readonly("encode",
+                             [](const py::object& self) {
+                               return fastgpt::bound_method<&PyEncoder::encode>(self, "encode");
+                             })
+      .def_property_readonly("encode_to_numpy",
+                             [](const py::object& self) {
+                               return fastgpt::bound_method<&PyEncoder::encode_to_numpy>(
+                                   self, "encode_to_numpy");
+                             })
+      .def("encode_parallel", &PyEncoder::encode_parallel, py::arg("text"), py::arg("threads"))
       .def("encode_batch", &PyEncoder::encode_batch, py::arg("texts"), py::arg("threads"))
       .def("encode_spans", &PyEncoder::encode_spans, py::arg("text"), py::arg("ends"),
            py::arg("dropout"), py::arg("seed"))

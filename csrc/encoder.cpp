@@ -5,6 +5,7 @@
 #include <functional>
 #include <stdexcept>
 
+#include "parallel.h"
 #include "piece_finder.h"
 
 namespace fastgpt {
@@ -15,6 +16,19 @@ constexpr std::uint32_t kEnd = 0xFFFFFFFF;  // no neighbour
 constexpr std::size_t kCopied = 16;         // bytes that decode() copies for most tokens
 // A state keeps the work space of pieces up to this many bytes; larger ones are given back.
 constexpr std::size_t kKeepNodes = std::size_t{1} << 20;
+
+// The end of a part of text from `begin` on: between a letter and a blank, where every pattern cuts
+// whatever stands around them.
+std::size_t part_end(std::string_view text, std::size_t begin) {
+  constexpr std::size_t kPart = std::size_t{1} << 18;
+  if (text.size() - begin < 2 * kPart) return text.size();
+  for (std::size_t at = begin + kPart; at < text.size(); ++at) {
+    const char blank = text[at];
+    const char letter = static_cast<char>(text[at - 1] | 0x20);
+    if ((blank == ' ' || blank == '\n') && letter >= 'a' && letter <= 'z') return at;
+  }
+  return text.size();
+}
 
 void check_limits(const Vocabulary& vocabulary) {
   if (vocabulary.tokens.size() > MergeTable::kMaxIds) {
@@ -299,8 +313,32 @@ void Encoder::merge_long(const std::uint8_t* p, std::size_t length, EncodeState&
   if (heap.capacity() > kKeepNodes) std::vector<std::uint64_t>().swap(heap);
 }
 
+void Encoder::encode_parallel(std::string_view text, const std::vector<State>& states,
+                              TokenBuffer& out) const {
+  std::vector<std::string_view> parts;
+  for (std::size_t begin = 0; begin < text.size();) {
+    const std::size_t end = part_end(text, begin);
+    parts.push_back(text.substr(begin, end - begin));
+    begin = end;
+  }
+  std::vector<TokenBuffer> ids(parts.size());
+  parallel_for(parts.size(), static_cast<int>(states.size()), [&](std::size_t i, int thread) {
+    encode(parts[i], *states[static_cast<std::size_t>(thread)], ids[i]);
+  });
+  std::size_t total = 0;
+  for (const TokenBuffer& part : ids) total += part.size();
+  std::uint32_t* place = out.room(total);
+  for (const TokenBuffer& part : ids) place = std::copy_n(part.data(), part.size(), place);
+  out.advance(total);
+}
+
 void Encoder::encode_with_specials(std::string_view text, const std::vector<std::size_t>& allowed,
                                    EncodeState& state, TokenBuffer& out) const {
+  for (const std::size_t place : allowed) {
+    if (place >= vocabulary_.specials.size()) {
+      throw std::invalid_argument("no special token has the place " + std::to_string(place));
+    }
+  }
   // The next place of each special token, searched again only once the text has passed it.
   std::vector<std::size_t> next(allowed.size(), 0);
   std::size_t begin = 0;

@@ -65,7 +65,11 @@ class Encoder {
   // Appends the ids of text, in which no special token is looked for.
   void encode(std::string_view text, EncodeState& state, TokenBuffer& out) const;
 
-  // The same, but the strings of these special tokens (places in Vocabulary::specials) become
+  // The same by one thread for each of the states; a long text is cut where every pattern does.
+  void encode_parallel(std::string_view text, const std::vector<State>& states,
+                       TokenBuffer& out) const;
+
+  // As encode(), but the strings of these special tokens (places in Vocabulary::specials) become
   // their ids. The leftmost one wins, of those that start together the longest.
   void encode_with_specials(std::string_view text, const std::vector<std::size_t>& allowed,
                             EncodeState& state, TokenBuffer& out) const;

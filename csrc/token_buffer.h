@@ -28,6 +28,9 @@ class TokenBuffer {
     if (capacity_ - size_ < extra) grow(extra);
     return data_ + size_;
   }
+  void reserve(std::size_t capacity) {
+    if (capacity > capacity_) grow_to(capacity);
+  }
   void advance(std::size_t count) { size_ += count; }
   void push(std::uint32_t id) {
     *room(1) = id;
@@ -47,6 +50,10 @@ class TokenBuffer {
   void grow(std::size_t extra) {
     std::size_t wanted = capacity_ + capacity_ / 2 + 64;
     if (wanted < size_ + extra) wanted = size_ + extra;
+    grow_to(wanted);
+  }
+
+  void grow_to(std::size_t wanted) {
     void* data = std::realloc(data_, wanted * sizeof(std::uint32_t));
     if (!data) throw std::bad_alloc();
     data_ = static_cast<std::uint32_t*>(data);
