@@ -9,6 +9,7 @@ Shape suffixes: B rows, S positions so far, H query heads, K key/value heads, D 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import cast
 
@@ -35,20 +36,16 @@ class Decoder:
     @torch.no_grad()
     def __init__(self, model: GPT):
         dtype = model.compute_dtype
-        with torch.device("meta"):
-            self.model = GPT(model.config, dtype)
-        weights = dict(model.state_dict())
         self.head = _linear(model.head_weight.detach(), None, dtype)
-        for name, module in model.named_modules():
+        # A copy that shares embeddings and norms, and has other linear layers.
+        memo: dict[int, object] = {id(p): p.detach() for p in model.parameters()}
+        for module in model.modules():
             if isinstance(module, Linear):
-                parent, _, leaf = name.rpartition(".")
                 bias = None if module.bias is None else module.bias.detach()
-                packed = _linear(module.weight.detach(), bias, dtype)
-                setattr(self.model.get_submodule(parent), leaf, packed)
-                weights.pop(f"{name}.weight")
-                weights.pop(f"{name}.bias", None)
-        self.model.load_state_dict(weights, assign=True)
-        self.model.requires_grad_(False).eval()
+                memo[id(module)] = _linear(module.weight.detach(), bias, dtype)
+        if model.head is not None:
+            memo[id(model.head)] = self.head
+        self.model = copy.deepcopy(model, memo).eval()
         self.blocks = [cast(Block, block) for block in self.model.blocks]
         self.bias: Tensor | None = None
         self.angles: Rotary | None = None
@@ -239,19 +236,23 @@ def draw(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
         uniforms_B: float64 in [0, 1). One draw of a generator a row costs a tenth of one for each
             id, which torch.multinomial takes.
     """
-    # First the group of ids, then the id within it: a running sum of all takes ten times as long.
+    # First the group of ids, then the id within it: a running sum of all takes three times as long.
+    # Groups are summed in float32, which is what the probabilities are exact to.
     B, V = probs_BV.shape
-    groups_BGN = F.pad(probs_BV, (0, -V % DRAW_GROUP)).view(B, -1, DRAW_GROUP)
+    padded = F.pad(probs_BV, (0, -V % DRAW_GROUP)) if V % DRAW_GROUP else probs_BV
+    groups_BGN = padded.view(B, -1, DRAW_GROUP)
     # float64, so that the number times the total stays below the total: an id of probability 0
     # is never reached.
-    ends_BG = groups_BGN.sum(-1, dtype=torch.float64).cumsum(-1)
+    ends_BG = groups_BGN.sum(-1).double().cumsum(-1)
     places_B1 = uniforms_B[:, None] * ends_BG[:, -1:]
     group_B1 = torch.searchsorted(ends_BG, places_B1, right=True)
     begin_B1 = F.pad(ends_BG, (1, 0)).gather(1, group_B1)
     rows = torch.arange(B, device=probs_BV.device)
     inner_BN = groups_BGN[rows, group_B1[:, 0]].double().cumsum(-1)
-    # The group's sum was rounded otherwise than its running sum.
-    places_B1 = torch.minimum(places_B1 - begin_B1, inner_BN[:, -1:] * (1 - 2**-52))
+    # As far into the running sum as into the group's own, which was rounded otherwise.
+    last_B1 = inner_BN[:, -1:]
+    parts_B1 = (places_B1 - begin_B1) / (ends_BG.gather(1, group_B1) - begin_B1)
+    places_B1 = torch.minimum(parts_B1 * last_B1, last_B1 * (1 - 2**-52))
     return (group_B1 * DRAW_GROUP + torch.searchsorted(inner_BN, places_B1, right=True))[:, 0]
 
 

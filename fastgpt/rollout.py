@@ -72,7 +72,8 @@ def sample_responses(
         going_B = torch.ones(len(rows), dtype=torch.bool, device=logits_BV.device)
         for place in range(n_new):
             uniforms_B = uniforms_BR[rows, place].to(logits_BV.device)
-            tokens_B = draw((logits_BV / temperature).softmax(-1), uniforms_B)
+            scaled_BV = logits_BV if temperature == 1 else logits_BV / temperature
+            tokens_B = draw(scaled_BV.softmax(-1), uniforms_B)
             ids_BR[rows, place] = tokens_B.cpu()
             going_B &= tokens_B != end_id
             going = torch.nonzero(going_B)[:, 0]
