@@ -56,7 +56,7 @@ UNITS = {
     "generate": "tokens",
 }
 TARGETS = {"sft": 2.5, "reward": 3.0, "ppo": 4.0, "grpo": 3.0, "generate": 4.0}
-STEPS = {"sft": 14, "reward": 14, "ppo": 6, "grpo": 9, "generate": 5}
+STEPS = {"sft": 12, "reward": 12, "ppo": 5, "grpo": 7, "generate": 5}
 WARMUP = 2
 
 
@@ -286,14 +286,17 @@ def check(row: str, name: str, result: dict) -> None:
         assert abs(losses[0] - start) < 0.5, what
         assert statistics.mean(losses[-3:]) < losses[0] - (0.2 if row == "sft" else 0.05), what
     elif row == "generate":
-        exact, timed = ([i for ids in result[key] for i in ids] for key in ("ids", "timed_ids"))
-        agreement = [a == b for a, b in zip(exact, timed, strict=True)]
-        assert len(agreement) == work.ROWS * work.NEW, what
-        assert statistics.mean(agreement) > 0.5, (what, statistics.mean(agreement))
+        exact, timed = result["ids"], result["timed_ids"]
+        assert all(len(row) == work.NEW for row in exact + timed), what
+        # In bfloat16 the choice between two ids that are all but equal falls otherwise sooner or
+        # later, and from there on the texts differ.
+        rows = zip(exact, timed, strict=True)
+        same = [a == b for ours, its in rows for a, b in zip(ours[:4], its[:4], strict=True)]
+        assert statistics.mean(same) > 0.75, (what, same)
     else:
-        # A model that knows nothing: all ids are alike to it, and it never ends.
+        # A model that knows nothing: all ids are alike to it, and it hardly ever ends.
         assert all(abs(x - math.log(work.VOCAB)) < 0.5 for x in result["entropies"]), what
-        assert all(work.RESPONSE - 2 < x <= work.RESPONSE for x in result["lengths"]), what
+        assert all(0.9 * work.RESPONSE < x <= work.RESPONSE for x in result["lengths"]), what
 
 
 def rate(result: dict) -> float:
@@ -357,8 +360,14 @@ def show(row: str, result: dict[str, Any]) -> None:
 
 def importable(python: str, row: str) -> str | None:
     """None, or why the peers of a row cannot run."""
-    modules = {"generate": "transformers", "ppo": "datasets, trl.experimental.ppo"}
-    command = [python, "-c", f"import {modules.get(row, 'datasets, trl')}"]
+    wanted = {
+        "sft": "from trl import SFTTrainer",
+        "reward": "from trl import RewardTrainer",
+        "ppo": "from trl.experimental.ppo import PPOTrainer",
+        "grpo": "from trl import GRPOTrainer",
+        "generate": "import transformers",
+    }
+    command = [python, "-c", wanted[row]]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
@@ -394,7 +403,8 @@ def main() -> None:
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has trl")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", nargs="+", choices=list(PEERS), default=list(PEERS))
-    parser.add_argument("--save", type=Path)
+    parser.add_argument("--peers", nargs="+", help="of these alone; default: all")
+    parser.add_argument("--save", type=Path, help="rows that are in the file already stay there")
     args = parser.parse_args()
     if args.worker:
         our_worker(args.worker[0], int(args.worker[1]))
@@ -411,6 +421,8 @@ def main() -> None:
         "shape": {**work.SHAPE, "vocab": work.VOCAB},
         "rows": {},
     }
+    if args.save and args.save.exists():
+        results["rows"] |= json.loads(args.save.read_text())["rows"]
     with tempfile.TemporaryDirectory() as directory:
         weights = Path(directory)
         write_weights(weights)
@@ -418,7 +430,8 @@ def main() -> None:
             missing = importable(args.peer_python, row)
             if missing:
                 print(f"{row}: no peers: {missing}")
-            peers = () if missing else PEERS[row]
+            chosen = args.peers or PEERS[row]
+            peers = () if missing else [name for name in PEERS[row] if name in chosen]
             found = compare(
                 row, peers, args.rounds, lambda *what: run_one(*what, args.peer_python, weights)
             )
