@@ -1,9 +1,9 @@
 """A verifiable task: two-digit addition, where GRPO must lift the share of exact answers.
 
-``python bench/acceptance_addition.py --out DIR`` finetunes a small model on sums of which most are
-wrong, lets GRPO see only whether an answer is exact, and prints that share on pairs of numbers that
-neither has seen, sampled at temperature 1, before and after. It fails unless it goes from at most
-.55 to at least .8.
+``python -m bench.acceptance_addition --folder DIR`` finetunes a small model on sums of which most
+are wrong, lets GRPO see only whether an answer is exact, and counts exact answers to pairs of
+numbers that no stage has seen, sampled at temperature 1, before and after. It fails unless their
+share goes from at most .55 to at least .8.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,11 +41,14 @@ def write_data(out: Path, seed: int) -> None:
         error = rng.choice([-10, -1, 1, 10]) if rng.random() < wrong else 0
         return {"prompt": f"{a}+{b}=", "response": str(a + b + error)}
 
-    prompts = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in known[:6000] + held]
+    def prompt(a: int, b: int) -> dict[str, str]:
+        return {"prompt": f"{a}+{b}=", "answer": str(a + b)}
+
     files = {
         "fair": [chat(a, b, 0.2) for a, b in known],
         "noisy": [chat(a, b, 0.6) for a, b in known],
-        "prompts": prompts,
+        "prompts": [prompt(*pair) for pair in known[:6000]],
+        "held": [prompt(*pair) for pair in held],
     }
     for name, lines in files.items():
         (out / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -70,28 +74,47 @@ def stages(seed: int) -> dict[str, list[object]]:
             *("--rollout", 256, "--minibatches", 2, "--epochs", 1, "--episodes", 25600),
             *("--max-new-tokens", 5, "--missing-end-penalty", 0.0, "--lr", 1e-3),
             *("--kl-coef", 0.0, "--kl-controller", "fixed", "--kl-stop", 0.0),
-            *("--eval-prompts", 400, "--eval-every", 20, "--save-every", 0),
+            *("--eval-prompts", 64, "--eval-every", 0, "--save-every", 0),
+        ],
+        "result": [
+            *("evaluate", "--run", "noisy", "rl", "--prompts", "held.jsonl"),
+            *("--judge", "addition_reward:exact", "--temperature", 1.0, "--max-new-tokens", 5),
+            *("--dtype", "float32"),
         ],
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="an empty directory")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_data(options.out, options.seed)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.acceptance_addition")
+    parser.add_argument("--folder", type=Path, default=Path("runs/acceptance-addition"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, help="write the results here, .json")
+    options = parser.parse_args(argv)
+    results = [experiment(options.folder / f"seed-{seed}", seed) for seed in options.seeds]
+    for result in results:
+        print(json.dumps(result))
+    if options.out is not None:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    return int(not all(r["before"] <= BEFORE and r["after"] >= AFTER for r in results))
+
+
+def experiment(folder: Path, seed: int) -> dict[str, float]:
+    """Share of exact answers before and after reinforcement, and seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_data(folder, seed)
     start = time.monotonic()
-    for name, (module, *words) in stages(options.seed).items():
+    for name, (module, *words) in stages(seed).items():
         command = [sys.executable, "-m", f"fastgpt.{module}", *map(str, words), "--out", name]
-        subprocess.run(command, cwd=options.out, env=ENVIRONMENT, check=True)
-        print(f"{name}: {time.monotonic() - start:.0f} s since the start")
-    lines = (options.out / "rl" / "samples.jsonl").read_text().splitlines()
-    scores = [json.loads(line)["val_score"] for line in lines]
-    result = {"seed": options.seed, "before": scores[0], "after": scores[-1]}
-    print(json.dumps(result))
-    return int(not (scores[0] <= BEFORE and scores[-1] >= AFTER))
+        done = subprocess.run(
+            command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{name}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
+    found = json.loads((folder / "result" / "evaluate.json").read_text())
+    (judged,) = found["judges"].values()
+    before, after = (judged["mean_score"][name] for name in ("noisy", "rl"))
+    seconds = round(time.monotonic() - start)
+    return {"seed": seed, "before": before, "after": after, "seconds": seconds}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fastgpt.chat import END, end_id, render_prompt
 from fastgpt.cli import command, from_flags
 from fastgpt.errors import UsageError
 
@@ -170,6 +169,8 @@ def complete(
     With ``chat`` they are what a user says, and the assistant's answers come back.
     """
     if chat:
+        from fastgpt.chat import end_id, render_prompt
+
         ids = [render_prompt(tokenizer, [_turn("user", prompt)]) for prompt in prompts]
         stop_ids = (tokenizer.eot_id, end_id(tokenizer))
     else:
@@ -192,6 +193,8 @@ def complete(
 
 def converse(model: GPT, tokenizer: Tokenizer, sampling: SamplingConfig) -> None:
     """Talk at a terminal until the input ends; what does not fit into the context is forgotten."""
+    from fastgpt.chat import end_id, render_prompt
+
     messages: list[dict[str, str]] = []
     stop_ids = (tokenizer.eot_id, end_id(tokenizer))
     while True:
@@ -241,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config.sampling.check()
     if "" in config.stop:
         raise UsageError("--stop: an empty text would end every continuation at once")
+    from fastgpt.chat import END
     from fastgpt.run import load_model
 
     model, tokenizer = load_model(config.run, step=config.step, device=config.device)

@@ -24,7 +24,6 @@ from fastgpt.chart import Series
 from fastgpt.cli import command, from_flags
 from fastgpt.errors import DataError, PeerError, Preempted, UsageError
 from fastgpt.examples import embedded, read_prompts
-from fastgpt.order import permute
 from fastgpt.rundir import RunDir, read_metrics, write_atomic
 
 STAGES = {"pretrain": "base", "sft": "sft", "reward": "reward", "ppo": "rl"}
@@ -103,6 +102,8 @@ def split_prompts(config: PipelineConfig) -> tuple[Path, Path]:
     if all(path.is_file() for path in paths):
         return paths
     import numpy as np
+
+    from fastgpt.order import permute
 
     prompts = read_prompts(config.prompts or (embedded("prompts"),))
     if len(prompts) <= config.held_out:

@@ -240,6 +240,12 @@ except SystemExit as end:
     [
         ("pretrain", ["--preset", "--batch-tokens", "--n-kv-head", "gpt3-175b", "--muon-lr"]),
         ("generate", ["--run", "--prompt", "--top-p"]),
+        ("sft", ["--init", "--lora-rank", "--epochs"]),
+        ("reward", ["--init", "--margin"]),
+        ("ppo", ["--reward-fn", "--algorithm", "--kl-target", "--gae-lambda"]),
+        ("dpo", ["--init", "--beta"]),
+        ("evaluate", ["--judge", "--few-shot"]),
+        ("pipeline", ["--price-per-hour", "--held-out"]),
     ],
 )
 def test_help_needs_no_torch(stage, flags):
