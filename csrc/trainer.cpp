@@ -120,7 +120,7 @@ Text::Text(const WordMap& words) : lengths_(256, 1) {
 
 class Trainer {
  public:
-  Trainer(const WordMap& words, const TrainOptions& options)
+  Trainer(WordMap words, const TrainOptions& options)
       : options_(options),
         min_count_(std::max<std::uint64_t>(options.min_count, 1)),
         max_length_(options.max_length ? options.max_length : kInside),
@@ -374,8 +374,9 @@ const std::uint32_t* gpt2_byte_ids() {
   return ids.of;
 }
 
-std::vector<IdPair> train_bpe(const WordMap& words, const TrainOptions& options) {
-  return Trainer(words, options).run();
+std::vector<IdPair> train_bpe(WordMap words, const TrainOptions& options) {
+  Trainer trainer(std::exchange(words, WordMap()), options);  // the words are gone before it runs
+  return trainer.run();
 }
 
 }  // namespace fastgpt

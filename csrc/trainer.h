@@ -30,6 +30,6 @@ using IdPair = std::pair<std::uint32_t, std::uint32_t>;
 // The merges in order; merge i makes id 256 + i. Each one is the most frequent pair of neighbours
 // within words, of equally frequent ones the pair of smaller ids. Fewer than wanted if the words
 // are used up. Throws std::invalid_argument if distinct words have more than 4 GiB together.
-std::vector<IdPair> train_bpe(const WordMap& words, const TrainOptions& options);
+std::vector<IdPair> train_bpe(WordMap words, const TrainOptions& options);
 
 }  // namespace fastgpt
