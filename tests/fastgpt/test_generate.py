@@ -90,14 +90,23 @@ def test_the_model_is_left_as_it_is(dtype):
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize("config", [LEARNED, EVERYTHING], ids=["learned", "everything"])
+@pytest.mark.parametrize(
+    "config", [LEARNED, EVERYTHING, GPT2], ids=["learned", "everything", "gpt2"]
+)
 def test_where_nothing_can_be_packed(config, monkeypatch):
     from fastgpt import decoder
 
+    def logits() -> list[torch.Tensor]:
+        made = decoder.Decoder(model)
+        return [
+            made.start(PROMPTS, 3),
+            *(made.step(torch.tensor(ids)) for ids in ([1, 2, 3], [4, 5, 6])),
+        ]
+
     model = random_model(config)
-    packed = decoder.Decoder(model).start(PROMPTS, 2)
+    packed = logits()
     monkeypatch.setattr(decoder, "_Packed", decoder._Plain)
-    torch.testing.assert_close(decoder.Decoder(model).start(PROMPTS, 2), packed)
+    torch.testing.assert_close(logits(), packed)
 
 
 def test_the_context_ends_the_continuation():
