@@ -7,8 +7,9 @@ configuration, LLaMA's besides by the name of the rotation that it calls.
 Masks. ``transformers`` describes who sees whom by functions of positions and a mask of padding.
 ``attention_mask`` turns them into the ``doc_start`` of ``fastgpt_kernels.attention``, once for all
 layers: the first key of each query. That covers causal masks with padding on either side, packed
-sequences (from ``position_ids``), sliding windows and chunks; anything else is refused, never
-approximated. Queries that are padding get outputs of no meaning, as they always do.
+sequences (from ``position_ids``), sliding windows and chunks, and caches of fixed length without
+the latter; anything else is refused, never approximated. Queries that are padding get outputs of no
+meaning, as they always do.
 
 Legend: B batch, H heads, T queries, S keys, D head size.
 """
@@ -104,16 +105,24 @@ def attention_forward(
     refused = [name for name, value in asked.items() if value is not None and value is not False]
     if refused:
         raise ValueError(f"attention 'fastgpt' has no {refused[0]}; use 'eager' or 'sdpa'")
-    if attention_mask is not None and attention_mask.dim() != 2:
+    lengths_too = (torch.int32, (1, 1, 2))
+    fixed = (
+        attention_mask is not None
+        and (attention_mask.dtype, attention_mask.shape[1:]) == lengths_too
+    )
+    if attention_mask is not None and not fixed and attention_mask.dim() != 2:
         raise ValueError(_NO_MASK + "four-dimensional masks")
     q, k, v = autocast_alike(query, key, value)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     options = {"scale": scaling, "window": sliding_window, "softcap": softcap or None}
     (B, _, T, _), S = q.shape, k.shape[2]
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if causal and T == 1 and not gradients:
-        lengths = torch.full((B,), S, dtype=torch.int32, device=q.device)
-        starts = None if attention_mask is None else attention_mask[:, 0]
+    if fixed or (causal and T == 1 and not gradients):
+        starts, lengths = None, torch.full((B,), S, dtype=torch.int32, device=q.device)
+        if fixed and attention_mask is not None:
+            starts, lengths = attention_mask[:, 0, 0].unbind(-1)
+        elif attention_mask is not None:
+            starts = attention_mask[:, 0]
         q_BTHD, k_BSHD, v_BSHD = (x.transpose(1, 2) for x in (q, k, v))
         return attention_decode(
             q_BTHD, k_BSHD, v_BSHD, lengths, cache_starts_B=starts, **options
@@ -132,27 +141,32 @@ def attention_mask(
     PyTorch's attention, read, and dropped.
 
     Returns:
-        (B, T) int32, the first key each query sees, or None.
+        (B, T) int32, the first key each query sees, or None. For a cache of fixed length, whose
+        later part is empty: (B, 1, 1, 2) int32, the first key of each row and their number.
 
     Raises:
-        ValueError: a mask that no such numbers describe, or a cache of fixed length. When compiled
-            the former is an assertion on the device.
+        ValueError: a mask that no such numbers describe; when compiled, an assertion on the device.
     """
     masking = sys.modules["transformers.masking_utils"]
     causal = "allow_is_bidirectional_skip" not in kwargs  # only the other kind is told
-    if isinstance(q_offset, Tensor) or (causal and q_offset + q_length != kv_offset + kv_length):
-        raise ValueError(_NO_MASK + "caches of fixed length")
+    # A cache of fixed length tells its offset as a tensor once it holds something.
+    fixed = isinstance(q_offset, Tensor) or (
+        causal and q_offset + q_length != kv_offset + kv_length
+    )
     compiling = torch.compiler.is_compiling()
     unpadded = attention_mask is None or (not compiling and bool(attention_mask.all()))
     plain = (masking.causal_mask_function, masking.bidirectional_mask_function)
-    if unpadded and mask_function in plain:
+    if unpadded and mask_function in plain and not fixed:
         return None
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     seen = masking.sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
         kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask, **kwargs,
     )  # fmt: skip
-    start, fits = first_keys(seen[:, 0], causal=causal)
+    if fixed:
+        start, fits = _fixed_cache(seen[:, 0], q_offset)
+    else:
+        start, fits = first_keys(seen[:, 0], causal=causal)
     if compiling:
         torch.ops.aten._assert_async.msg(fits, _NO_MASK + "others")
     elif not fits:
@@ -177,6 +191,19 @@ def first_keys(seen_BTS: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     query_T1 = torch.arange(S - T, S, device=seen_BTS.device)[:, None]
     told = (key_S >= start_BT[..., None]) & (key_S <= query_T1)
     return start_BT.int(), ((told == seen_BTS).all(-1) | ~counts_BT).all()
+
+
+def _fixed_cache(seen_BTS: Tensor, offset: Tensor | int) -> tuple[Tensor, Tensor]:
+    """(B, 1, 1, 2), first key and number of keys, and whether that says all; see ``first_keys``."""
+    T, S = seen_BTS.shape[1:]
+    key_S = torch.arange(S, device=seen_BTS.device)
+    start_B = seen_BTS[:, -1].int().argmax(-1)
+    query_T1 = (offset + torch.arange(T, device=seen_BTS.device))[:, None]
+    told = (key_S >= start_B[:, None, None]) & (key_S <= query_T1)
+    counts_BT = (seen_BTS & (key_S == query_T1)).any(-1)
+    lengths_B = torch.zeros_like(start_B) + (offset + T)
+    numbers = torch.stack([start_B, lengths_B], -1)[:, None, None].int()
+    return numbers, ((told == seen_BTS).all(-1) | ~counts_BT).all()
 
 
 def register_attention() -> None:

@@ -78,6 +78,24 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def _autocast(x: Tensor) -> Tensor:
+    """Under autocast PyTorch's norms take and give float32 on a GPU; on a CPU they do not care."""
+    return x.float() if x.is_cuda and torch.is_autocast_enabled("cuda") else x
+
+
+class _LayerNorm(modules.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(_autocast(input))
+
+
+class _RMSNorm(modules.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(_autocast(x))
+
+
+_LayerNorm.__name__, _RMSNorm.__name__ = "LayerNorm", "RMSNorm"
+
+
 class _CrossEntropyLoss(nn.CrossEntropyLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         if input.dim() != 2 or target.is_floating_point():
@@ -193,8 +211,8 @@ Rule = Callable[[Any], type[nn.Module] | str]
 """The class that a module of some type gets, or why it gets none."""
 
 _RULES: dict[str, Rule] = {
-    _full_name(nn.LayerNorm): lambda module: modules.LayerNorm,
-    _full_name(nn.RMSNorm): lambda module: modules.RMSNorm,
+    _full_name(nn.LayerNorm): lambda module: _LayerNorm,
+    _full_name(nn.RMSNorm): lambda module: _RMSNorm,
     _full_name(nn.GELU): lambda module: modules.GELU,
     _full_name(nn.CrossEntropyLoss): _loss,
     _full_name(nn.MultiheadAttention): _multihead,
