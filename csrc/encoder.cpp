@@ -235,8 +235,7 @@ void Encoder::merge_piece(const std::uint8_t* p, std::size_t length, EncodeState
 
 // Short ASCII merges in few steps within tables that the processor has at hand.
 inline bool Encoder::prefers_longest_first(const std::uint8_t* p, std::size_t length) const {
-  if (!longest_first_->usable() || length > LongestFirst::kMaxLength) return false;
-  return length > kShortMerge || (p[0] | p[1]) >= 0x80;
+  return longest_first_->usable() && (length > kShortMerge || (p[0] | p[1]) >= 0x80);
 }
 
 // Repeated search for the lowest rank: quadratic, but the fastest while everything fits in a line

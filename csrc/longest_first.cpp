@@ -229,8 +229,17 @@ inline LongestFirst::Match LongestFirst::longest(const std::uint8_t* p,
 std::size_t LongestFirst::encode(const std::uint8_t* p, std::size_t length,
                                  std::uint32_t* out) const {
   // Places from which the rest of the piece cannot be encoded.
-  std::uint64_t dead[kMaxLength / 64 + 1];
-  std::memset(dead, 0, (length / 64 + 1) * sizeof *dead);
+  constexpr std::size_t kWords = 8;
+  std::uint64_t few[kWords];
+  std::vector<std::uint64_t> many;
+  std::uint64_t* dead = few;
+  const std::size_t words = length / 64 + 1;
+  if (words <= kWords) {
+    std::memset(few, 0, words * sizeof *few);
+  } else {
+    many.resize(words);
+    dead = many.data();
+  }
   std::size_t count = 0;
   std::size_t at = 0;
   Match match = longest(p, p + length);

@@ -18,8 +18,6 @@ namespace fastgpt {
 
 class LongestFirst {
  public:
-  static constexpr std::size_t kMaxLength = 512;  // of a piece, in bytes
-
   // table is made of merges; byte_id has 256 ids.
   LongestFirst(const std::vector<std::string>& tokens, const std::vector<Merge>& merges,
                const MergeTable& table, const std::uint32_t* byte_id);
@@ -28,8 +26,8 @@ class LongestFirst {
   // of merges does not follow from their ranks alone.
   bool usable() const { return !cells_.empty(); }
 
-  // Writes the ids of the piece and returns their number; out has room for length, which is from 2
-  // to kMaxLength.
+  // Writes the ids of the piece and returns their number; out has room for length, which is not 0.
+  // In linear time: no place is left more often than tokens begin there.
   std::size_t encode(const std::uint8_t* p, std::size_t length, std::uint32_t* out) const;
 
  private:

@@ -124,19 +124,28 @@ def test_an_unknown_simd_level_is_named():
         _bpe.set_simd_level("mmx")
 
 
-# The case of 1 MB that is slow elsewhere; a quadratic step would take minutes.
+def encoding_seconds(ours: Tokenizer, text: str) -> float:
+    """Least processor time of two runs: a busy machine does not add to it."""
+    times = []
+    for _ in range(2):
+        start = time.process_time()
+        ours.encode_to_numpy(text)
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+# What is slow elsewhere. A quadratic step would take 4 times as long for twice the text.
 @pytest.mark.parametrize(
     "text", ["a", "^", " ", "\n", "7", "中", "\u0301", "aA", "'s", "\t ", "\n/", "e\u0301"]
 )
 @by_pattern
-def test_a_megabyte_of_one_thing_as_fast_as_text(pattern, text):
+def test_a_megabyte_of_one_thing_grows_linearly(pattern, text):
     long = text * (1_000_000 // len(text.encode())) + "x"
     ours = samples.trained(pattern)
-    start = time.perf_counter()
-    ids = ours.encode_to_numpy(long)
-    seconds = time.perf_counter() - start
-    assert ours.decode(ids) == long
-    assert seconds < 5
+    assert ours.decode(ours.encode_to_numpy(long)) == long
+    seconds = encoding_seconds(ours, long)
+    assert encoding_seconds(ours, long[:-1] * 2 + "x") < 3 * seconds + 0.02
+    assert seconds < 1
 
 
 @by_pattern
