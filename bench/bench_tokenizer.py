@@ -1,4 +1,9 @@
-"""Tokenizer against its peers: ``pytest bench/bench_tokenizer.py``.
+"""Tokenizer against its peers: ``pytest bench/bench_tokenizer.py``, or the whole table.
+
+``python bench/bench_tokenizer.py --vocabularies DIR --english FILE --multilingual FILE`` measures
+the real vocabularies (``r50k_base.tiktoken``, ``cl100k_base.tiktoken``) with every peer that
+``--peer-python`` has, each in fresh processes that take turns, one thread; ``tokenizer_peers.py``
+says how. It writes ``results/tokenizer_cpu.json``. The tests need no files:
 
 Every peer encodes with our vocabulary (trained here on the embedded text) and one thread, and must
 give our ids before it is timed; a peer that is not installed is skipped with the reason. ``cold``
@@ -8,9 +13,14 @@ output counts UTF-8 bytes. Compare figures of one run only: machines drift.
 
 from __future__ import annotations
 
+import argparse
 import json
 import lzma
 import os
+import platform
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
@@ -21,10 +31,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastgpt import tokenizer_json
-from fastgpt.tokenizer import Tokenizer
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-pytest.importorskip("pytest_benchmark", reason="pip install -e .[bench]")
+from fastgpt import tokenizer_json  # noqa: E402
+from fastgpt.tokenizer import Tokenizer  # noqa: E402
+
+if __name__ != "__main__":
+    pytest.importorskip("pytest_benchmark", reason="pip install -e .[bench]")
 os.environ["RAYON_NUM_THREADS"] = "1"  # Hugging Face's threads; read when its pool starts
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -215,3 +229,127 @@ def test_train(benchmark, peer, pattern):
         merges = benchmark.pedantic(hugging_face_merges, args=(pattern,), rounds=1)
         assert merges == our_merges(pattern)
     report(benchmark)
+
+
+# --- The table
+
+ENCODERS = ("fastgpt", "fastokens", "gigatoken", "tiktoken")
+TRAINERS = ("fastgpt", "gigabpe", "rustbpe")
+LOWER_IS_BETTER = ("us_12", "us_100", "seconds", "peak_mb")
+
+
+def gpt2_json(ranks: Path, directory: Path) -> Path:
+    """The GPT-2 vocabulary as the tokenizer.json that everybody has, with ByteLevel's own split."""
+    path = directory / "gpt2.json"
+    Tokenizer.from_file(ranks, pattern="gpt2", special_tokens={}).save(path)
+    content = json.loads(path.read_text())
+    content["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+def measure(python: str, directory: Path, *args: object) -> dict[str, Any] | None:
+    """What ``tokenizer_peers.py`` says in a fresh process; None, and why, where it cannot run."""
+    environment = os.environ | {
+        "RAYON_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "TMPDIR": str(directory),
+    }
+    script = Path(__file__).with_name("tokenizer_peers.py")
+    command = [python, str(script), *map(str, args)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode != 0:
+        reason = result.stderr.strip().splitlines()[-1:] or [f"exit {result.returncode}"]
+        print("  skipped:", *args[:3], "-", *reason)
+        return None
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def best(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The best figure of each row over the rounds."""
+    assert len({run.get("crc") for run in runs}) == 1, "ids differ between runs"
+    return {
+        key: (min if key in LOWER_IS_BETTER else max)(run[key] for run in runs) for key in runs[0]
+    }
+
+
+def compare(section: dict[str, dict[str, Any]]) -> None:
+    """Adds our ratio to the best peer for each row: above 1 is better than all of them."""
+    ours = section["fastgpt"]
+    crcs = {peer: row.pop("crc", None) for peer, row in section.items()}
+    exact = [peer for peer, crc in crcs.items() if crc == crcs["fastgpt"] and peer != "fastgpt"]
+    for peer in crcs.keys() - {"fastgpt", *exact}:
+        section[peer] = {"ids": "differ"}
+    ratios = {}
+    for key, value in ours.items():
+        theirs = [section[peer][key] for peer in exact]
+        if theirs:
+            lower = key in LOWER_IS_BETTER
+            ratio = min(theirs) / value if lower else value / max(theirs)
+            ratios[key] = round(ratio, 2)
+    section["ratio_to_best_peer"] = ratios
+
+
+def table(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for vocab in ("r50k", "cl100k"):
+        ranks = options.vocabularies / f"{vocab}_base.tiktoken"
+        as_json = gpt2_json(ranks, directory) if vocab == "r50k" else ranks
+        for name, text in (("english", options.english), ("multilingual", options.multilingual)):
+            runs: dict[str, list[dict[str, Any]]] = {}
+            for _ in range(options.rounds):
+                for peer in ENCODERS:
+                    file = as_json if peer == "fastokens" else ranks
+                    args = (peer, "encode", vocab, file, text, options.mb)
+                    if row := measure(options.peer_python, directory, *args):
+                        runs.setdefault(peer, []).append(row)
+            section = {peer: best(rows) for peer, rows in runs.items()}
+            compare(section)
+            found[f"{vocab} {name}"] = section
+            print(f"{vocab} {name}", json.dumps(section, indent=1))
+        args = ("fastgpt", "worst", vocab, ranks, "-", 0)
+        found[f"{vocab} seconds for 1 MB of"] = measure(options.peer_python, directory, *args)
+    runs = {}
+    for _ in range(options.rounds):
+        for peer in TRAINERS:
+            args = (peer, "train", "r50k", "-", options.english, options.train_mb)
+            if row := measure(options.peer_python, directory, *args):
+                runs.setdefault(peer, []).append(row)
+    section = {peer: best(rows) for peer, rows in runs.items()}
+    compare(section)
+    found[f"train 32000 on {options.train_mb:g} MB"] = section
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="the table of tokenizers")
+    parser.add_argument("--vocabularies", type=Path, required=True)
+    parser.add_argument("--english", type=Path, required=True)
+    parser.add_argument("--multilingual", type=Path, required=True)
+    parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--mb", type=float, default=20, help="of each text that is encoded")
+    parser.add_argument("--train-mb", type=float, default=20)
+    parser.add_argument("--rounds", type=int, default=2)
+    results = Path(__file__).with_name("results") / "tokenizer_cpu.json"
+    parser.add_argument("--output", type=Path, default=results)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        found = table(options, Path(directory))
+    header = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "text_mb": options.mb,
+        "units": "MB of UTF-8 per processor second; us_N: microseconds for N characters",
+    }
+    options.output.write_text(json.dumps(header | found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
