@@ -155,6 +155,16 @@ def test_real_text_as_tiktoken(pattern):
     assert samples.trained(pattern).encode_to_numpy(text).tolist() == expected
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@by_pattern
+def test_threads_for_one_text_change_no_id(pattern, threads):
+    text = samples.english(700_000) + "7\u4e2d  \n'" * 40_000 + samples.english(700_000)
+    ours = samples.trained(pattern)
+    found = ours._engine._core.encode_parallel(text, threads)
+    assert found.dtype == ours.dtype
+    assert np.array_equal(found, ours.encode_to_numpy(text))
+
+
 # From reports against other tokenizers; all were split wrongly by at least one of them.
 @pytest.mark.parametrize(
     "text",
