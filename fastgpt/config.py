@@ -7,6 +7,7 @@ torch. Doc strings below the fields are what ``--help`` prints.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,3 +286,39 @@ class PretrainConfig:
             raise UsageError(f"--seq-len {seq_len} is beyond the model's --context {context}")
         if self.stop_at is not None and self.stop_at < 1:
             raise UsageError(f"--stop-at {self.stop_at}: it must be at least 1")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What every stage that starts from a run has."""
+
+    init: Path | None = None
+    """The run to start from."""
+    config: Path | None = None
+    """A TOML file with any of these options, as in a run's config.toml."""
+    resume: Path | None = None
+    """Go on with this run; everything else comes from it."""
+    stop_at: int | None = None
+    """Save and end at this step as if preempted; the schedule stays that of the whole run."""
+    debug: bool = False
+    """Show the traceback of an error."""
+    train: TrainConfig = TrainConfig(steps=0)
+    optim: OptimConfig = OptimConfig()
+    model: FromRun = ModelConfig()
+
+    def check(self) -> None:
+        """Raise UsageError for values no run can have."""
+        dataclasses.replace(self.train, steps=self.train.steps or 1).check()
+        self.optim.check()
+        if self.init is None and self.resume is None:
+            raise UsageError("--init: the run to start from is missing; give its directory")
+        if self.stop_at is not None and self.stop_at < 1:
+            raise UsageError(f"--stop-at {self.stop_at}: it must be at least 1")
+
+
+def check_passes(epochs: float, val_fraction: float) -> None:
+    """Raise UsageError for values with which no data can be used."""
+    if not 0 < epochs < math.inf:
+        raise UsageError(f"{_flag('epochs', epochs)}: it must be above 0")
+    if not 0 <= val_fraction < 1:
+        raise UsageError(f"{_flag('val_fraction', val_fraction)}: at least 0 and below 1")

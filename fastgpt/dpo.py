@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastgpt import cli
-from fastgpt.config import FromRun, ModelConfig, OptimConfig, TrainConfig
+from fastgpt.config import OptimConfig, StageConfig, TrainConfig, check_passes
 from fastgpt.errors import DataError, UsageError
+from fastgpt.launch import launch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,11 +39,9 @@ SAMPLES = 4
 
 
 @dataclass(frozen=True)
-class DPOConfig:
+class DPOConfig(StageConfig):
     """Finetune a model on rankings of answers."""
 
-    init: Path | None = None
-    """The run to start from, finetuned on chats; also the reference."""
     data: tuple[Path, ...] = ()
     """Rankings, see fastgpt.reward; default: the embedded ones."""
     beta: float = 0.1
@@ -57,14 +56,6 @@ class DPOConfig:
     """Part of the prompts held out for validation."""
     on_long: Literal["error", "skip"] = "error"
     """A prompt that leaves no place for an answer in --seq-len ends the run, or is left out."""
-    config: Path | None = None
-    """A TOML file with any of these options, as in a run's config.toml."""
-    resume: Path | None = None
-    """Go on with this run; everything else comes from it."""
-    stop_at: int | None = None
-    """Save and end at this step as if preempted; the schedule stays that of the whole run."""
-    debug: bool = False
-    """Show the traceback of an error."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             steps=0, batch_tokens=8192, eval_every=0, save_every=200, sample_tokens=64
@@ -75,38 +66,23 @@ class DPOConfig:
             optimizer="adamw", lr=1e-4, weight_decay=0.0, warmup=0.1, schedule="linear"
         )
     )
-    model: FromRun = field(default_factory=ModelConfig)
 
     def check(self) -> None:
         """Raise UsageError for values no run can have."""
-        dataclasses.replace(self.train, steps=self.train.steps or 1).check()
-        self.optim.check()
-        if self.init is None and self.resume is None:
-            raise UsageError("--init: the run to start from is missing; give its directory")
-        if not 0 < self.epochs < float("inf"):
-            raise UsageError(f"--epochs {self.epochs:g}: it must be above 0")
-        if not 0 <= self.val_fraction < 1:
-            raise UsageError(f"--val-fraction {self.val_fraction:g}: at least 0 and below 1")
+        super().check()
+        check_passes(self.epochs, self.val_fraction)
         if not 0 < self.beta < float("inf"):
             raise UsageError(f"--beta {self.beta:g}: it must be above 0")
         if not 0 <= self.label_smoothing < 0.5:
             smoothing = f"--label-smoothing {self.label_smoothing:g}"
             raise UsageError(f"{smoothing}: it must be at least 0 and below 0.5")
-        for flag, value in (("stop-at", self.stop_at), ("batch-prompts", self.batch_prompts)):
-            if value is not None and value < 1:
-                raise UsageError(f"--{flag} {value}: it must be at least 1")
+        if self.batch_prompts is not None and self.batch_prompts < 1:
+            raise UsageError(f"--batch-prompts {self.batch_prompts}: it must be at least 1")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    config = cli.parse(DPOConfig, argv)
-    config.check()
-    from fastgpt.distributed import world
-    from fastgpt.memory import keep_freed_memory
-
-    keep_freed_memory()
-    with world(config.train.device) as processes:
-        dpo(config, processes)
+    launch(DPOConfig, dpo, argv)
 
 
 def dpo(config: DPOConfig, world: World) -> None:

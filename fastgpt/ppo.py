@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastgpt import cli
-from fastgpt.config import FromRun, ModelConfig, OptimConfig, TrainConfig
+from fastgpt.config import OptimConfig, StageConfig, TrainConfig
 from fastgpt.errors import DataError, UsageError
+from fastgpt.launch import launch
 from fastgpt.rl_config import RLConfig
 
 if TYPE_CHECKING:
@@ -45,11 +46,9 @@ SCORE_ROWS = 64
 
 
 @dataclass(frozen=True)
-class PPOConfig:
+class PPOConfig(StageConfig):
     """Reinforcement learning: PPO, GRPO, RLOO or REINFORCE."""
 
-    init: Path | None = None
-    """The run to start from, finetuned on chats; it stays as the reference."""
     reward: Path | None = None
     """Run of a reward model; the value model starts from it."""
     reward_fn: str | None = None
@@ -60,14 +59,6 @@ class PPOConfig:
     """Another judge of the held-out answers: a function like --reward-fn, or a reward run."""
     on_long: Literal["error", "skip"] = "skip"
     """A prompt that leaves no room for --max-new-tokens ends the run, or is left out."""
-    config: Path | None = None
-    """A TOML file with any of these options, as in a run's config.toml."""
-    resume: Path | None = None
-    """Go on with this run; everything else comes from it."""
-    stop_at: int | None = None
-    """Save and end at this step as if preempted; the schedule stays that of the whole run."""
-    debug: bool = False
-    """Show the traceback of an error."""
     rl: RLConfig = field(default_factory=RLConfig)
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=0, eval_every=64, save_every=64, log_every=4)
@@ -82,31 +73,18 @@ class PPOConfig:
             warmup=0.03,
         )
     )
-    model: FromRun = field(default_factory=ModelConfig)
 
     def check(self) -> None:
         """Raise UsageError for values no run can have."""
-        dataclasses.replace(self.train, steps=self.train.steps or 1).check()
-        self.optim.check()
+        super().check()
         self.rl.check()
-        if self.init is None and self.resume is None:
-            raise UsageError("--init: the run to start from is missing; give its directory")
         if self.reward is None and self.reward_fn is None:
             raise UsageError("nothing to learn from; give --reward RUN or --reward-fn MODULE:NAME")
-        if self.stop_at is not None and self.stop_at < 1:
-            raise UsageError(f"--stop-at {self.stop_at}: it must be at least 1")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    config = cli.parse(PPOConfig, argv)
-    config.check()
-    from fastgpt.distributed import world
-    from fastgpt.memory import keep_freed_memory
-
-    keep_freed_memory()
-    with world(config.train.device) as processes:
-        ppo(config, processes)
+    launch(PPOConfig, ppo, argv)
 
 
 def ppo(config: PPOConfig, world: World) -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fastgpt import cli
-from fastgpt.config import FromRun, ModelConfig, OptimConfig, PretrainConfig, TrainConfig
+from fastgpt.config import PretrainConfig, StageConfig, TrainConfig, check_passes
 from fastgpt.errors import DataError, UsageError
+from fastgpt.launch import launch
 from fastgpt.plan import batch_shape
 
 if TYPE_CHECKING:
@@ -36,11 +37,9 @@ SAMPLES = 4
 
 
 @dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(StageConfig):
     """Finetune a model on chats."""
 
-    init: Path | None = None
-    """The run to start from."""
     data: tuple[Path, ...] = ()
     """Chats (.jsonl, .gz, .xz) with "messages", or "prompt" and "response"; default: the embedded
     ones."""
@@ -54,48 +53,23 @@ class SFTConfig:
     """Train adapters of this rank instead of all weights; 0: all weights."""
     lora_alpha: float | None = None
     """Adapters count alpha / rank times; default: twice the rank."""
-    config: Path | None = None
-    """A TOML file with any of these options, as in a run's config.toml."""
-    resume: Path | None = None
-    """Go on with this run; everything else comes from it."""
-    stop_at: int | None = None
-    """Save and end at this step as if preempted; the schedule stays that of the whole run."""
-    debug: bool = False
-    """Show the traceback of an error."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=0, batch_tokens=4096, save_every=200)
     )
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    model: FromRun = field(default_factory=ModelConfig)
 
     def check(self) -> None:
         """Raise UsageError for values no run can have."""
-        dataclasses.replace(self.train, steps=self.train.steps or 1).check()
-        self.optim.check()
-        if self.init is None and self.resume is None:
-            raise UsageError("--init: the run to start from is missing; give its directory")
-        if not 0 < self.epochs < float("inf"):
-            raise UsageError(f"--epochs {self.epochs:g}: it must be above 0")
-        if not 0 <= self.val_fraction < 1:
-            raise UsageError(f"--val-fraction {self.val_fraction:g}: at least 0 and below 1")
+        super().check()
+        check_passes(self.epochs, self.val_fraction)
         if self.lora_rank < 0:
             raise UsageError(f"--lora-rank {self.lora_rank}: it must be at least 0")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
             raise UsageError(f"--lora-alpha {self.lora_alpha:g}: it must be above 0")
-        if self.stop_at is not None and self.stop_at < 1:
-            raise UsageError(f"--stop-at {self.stop_at}: it must be at least 1")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
-    config = cli.parse(SFTConfig, argv)
-    config.check()
-    from fastgpt.distributed import world
-    from fastgpt.memory import keep_freed_memory
-
-    keep_freed_memory()
-    with world(config.train.device) as processes:
-        sft(config, processes)
+    launch(SFTConfig, sft, argv)
 
 
 def loss_fn(model: GPT, batch: Batch) -> Tensor:

@@ -25,7 +25,7 @@ ARROWS = """
     model       model optim lora decoder                <- errors config
     checkpoint  tensorfile manifest checkpoint          <- errors
     trainer     trainer evaluation loss                 <- errors config data output machine model checkpoint
-    run         run plan generate export convert modeling_fastgpt                <- errors config data output machine model checkpoint trainer tokenizer
+    run         run launch plan generate export convert modeling_fastgpt                <- errors config data output machine model checkpoint trainer tokenizer
     post        reward_model preferences pair_metrics pair_report rl rl_config rollout actor_critic experience                <- errors config data output machine model checkpoint trainer tokenizer run
     assess      ratings tasks judges                    <- errors config data output machine model checkpoint trainer tokenizer run post
     stage       pretrain sft evaluate reward dpo pipeline ppo <- errors config data output machine model checkpoint trainer tokenizer run post assess

@@ -143,8 +143,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None and grad_lse is None:
         return (None,) * 9
-    grads = output_gradients(ctx.saved_tensors[3], grad, grad_lse)
-    return *_attention_backward(*grads, *ctx.saved_tensors, *ctx.options), *[None] * 6
+    saved = ctx.saved_tensors  # read once: checkpointing unpacks them once
+    grads = output_gradients(saved[3], grad, grad_lse)
+    return *_attention_backward(*grads, *saved, *ctx.options), *[None] * 6
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)

@@ -243,8 +243,9 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _grad_top, _grad_total):
-    input = ctx.saved_tensors[0].detach()
-    arguments = grad, input, *ctx.saved_tensors[1:], *ctx.options
+    saved, *rest = ctx.saved_tensors  # read once: checkpointing unpacks them once
+    input = saved.detach()
+    arguments = grad, input, *rest, *ctx.options
     if ctx.inplace and input.stride(1) == 1 and input.stride(0) >= input.shape[1]:
         # Counts as a change of the logits, so whoever still needs their values gets PyTorch's error
         cross_entropy_bwd_inplace(*arguments)

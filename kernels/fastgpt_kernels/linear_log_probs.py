@@ -226,10 +226,11 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad_log_probs, grad_entropy, _grad_top, _grad_total):
-    *_, weight, bias, _ids = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: checkpointing unpacks them once
+    *_, weight, bias, _ids = saved
     needs = ctx.needs_input_grad[:3]
     dhidden, dweight, dbias = linear_log_probs_bwd(
-        grad_log_probs, grad_entropy, *ctx.saved_tensors, *ctx.options, *needs
+        grad_log_probs, grad_entropy, *saved, *ctx.options, *needs
     )
     return (
         dhidden if needs[0] else None,
