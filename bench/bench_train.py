@@ -53,9 +53,9 @@ def fastgpt_parts(vocab_size: int, steps: int) -> tuple:
     from fastgpt.config import ModelConfig, OptimConfig, TrainConfig
     from fastgpt.distributed import World
     from fastgpt.hardware import compute_dtype
+    from fastgpt.loss import next_token_loss as loss_fn
     from fastgpt.memory import keep_freed_memory
     from fastgpt.model import GPT
-    from fastgpt.loss import next_token_loss as loss_fn
 
     keep_freed_memory()
     torch.manual_seed(0)

@@ -52,7 +52,7 @@ class PipelineConfig:
     """The same for supervised finetuning,"""
     reward: str = ""
     """for the reward model,"""
-    ppo: str = ""
+    ppo: str = "--episodes 2048 --rollout 128 --kl-coef 0.1 --temperature 0.7"
     """and for PPO."""
     debug: bool = False
     """Show the traceback of an error."""
