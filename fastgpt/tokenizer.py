@@ -212,9 +212,19 @@ class Tokenizer:
         *,
         allowed_special: AllowedSpecial = _NONE,
         disallowed_special: DisallowedSpecial = _NONE,
+        num_threads: int = 1,
     ) -> np.ndarray:
-        """As ``encode``, as an array (n,) of ``dtype``."""
+        """As ``encode``, as an array (n,) of ``dtype``.
+
+        ``num_threads`` share one long text where it has no special tokens to look for and its
+        pattern a scanner; the ids are the same for any number.
+        """
         try:
+            parallel = getattr(self._engine, "encode_parallel", None)
+            if num_threads != 1 and parallel is not None and not allowed_special:
+                if disallowed_special:
+                    self._policy(text, allowed_special, disallowed_special)
+                return parallel(text, num_threads)
             if allowed_special or disallowed_special:
                 allowed = self._policy(text, allowed_special, disallowed_special)
                 return self._encode_to_numpy(text, allowed)

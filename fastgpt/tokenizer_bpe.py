@@ -20,7 +20,7 @@ from fastgpt.tokenizer_text import (
     surrogate_error,
 )
 
-_BATCH_CHARACTERS = 1 << 24  # texts handed to the counting threads at a time
+_BATCH_CHARACTERS = 1 << 22  # texts handed to the counting threads at a time
 _SHARE_CHARACTERS = 1 << 20  # of a longer text for one thread at a time
 
 
@@ -98,6 +98,10 @@ class BytePair:
         )
         self.vocab_size: int = self._core.vocab_size
         self.decode_bytes: Callable[[Any], bytes] = self._core.decode
+        # Several threads for one text: where it may be cut is what a scanner knows.
+        self.encode_parallel: Callable[[str, int], np.ndarray] | None = (
+            self._core.encode_parallel if scanned else None
+        )
         if scanned:
             self.encode: Callable[..., list[int]] = self._core.encode
             self.encode_to_numpy: Callable[..., np.ndarray] = self._core.encode_to_numpy

@@ -257,9 +257,9 @@ def test_a_missing_package_is_named():
 
 def test_long_work_lets_other_threads_run(gpt2):
     text = samples.english(1_000_000) * 3
-    ids = gpt2.encode_to_numpy(text)
+    ids = np.tile(gpt2.encode_to_numpy(text), 30)
     for work in (
-        lambda: gpt2.encode_to_numpy(text),
+        lambda: gpt2.encode_to_numpy(text * 4),
         lambda: gpt2.decode_bytes(ids),
         lambda: gpt2.encode_batch([text], num_threads=1),
         lambda: gpt2.encode_with_dropout(text[:500_000], 0.1, seed=0),
@@ -275,6 +275,16 @@ def test_long_work_lets_other_threads_run(gpt2):
             time.sleep(0)
         assert ticks > 3, time.perf_counter() - begin
         thread.join()
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 2, 5])
+def test_threads_on_one_text_change_no_id(gpt2, custom, num_threads):
+    text = samples.english(1_000_000) + " <|endoftext|> ünïcode\n" * 1000
+    for tokenizer in (gpt2, custom):
+        expected = tokenizer.encode(text)
+        assert tokenizer.encode_to_numpy(text, num_threads=num_threads).tolist() == expected
+    with pytest.raises(ValueError, match="endoftext"):
+        gpt2.encode_to_numpy(text, disallowed_special="all", num_threads=num_threads)
 
 
 def test_every_kind_is_copied_and_pickled(custom, gpt2):
