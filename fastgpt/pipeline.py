@@ -274,10 +274,12 @@ def _leaderboards(evaluation: Mapping[str, Any]) -> list[str]:
     for spec, judged in evaluation.get("judges", {}).items():
         rows = [
             {
-                **{key: row[key] for key in ("rank", "model", "rating")},
+                "rank": row["rank"],
+                "model": row["model"],
+                "rating": f"{row['rating']:.0f}",
                 "95 % interval": f"{row['low']:.0f} to {row['high']:.0f}",
-                "wins": row["wins"],
-                "mean score": judged["mean_score"][row["model"]],
+                "wins": f"{100 * row['wins']:.0f} %",
+                "mean score": f"{judged['mean_score'][row['model']]:.3f}",
             }
             for row in judged["leaderboard"]
         ]
