@@ -59,7 +59,7 @@ class Encoder(Protocol):
         """SHA-256 of the tokenizer, hexadecimal."""
         ...
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: list[str], *, num_threads: int = 0) -> list[np.ndarray]:
         """Return the ids of each text, special tokens off."""
         ...
 

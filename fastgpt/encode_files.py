@@ -9,39 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
+from fastgpt.corpus import Encoder
 from fastgpt.documents import Document, read_documents
 from fastgpt.errors import UsageError
 from fastgpt.shards import ShardWriter
 
 _BATCH_DOCUMENTS = 4096
 _BATCH_CHARACTERS = 8 << 20
-
-
-class BatchEncoder(Protocol):
-    """What is needed of a tokenizer; fastgpt.tokenizer.Tokenizer has it."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids."""
-        ...
-
-    @property
-    def eot_id(self) -> int:
-        """The end-of-text id."""
-        ...
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the tokenizer, hexadecimal."""
-        ...
-
-    def encode_batch(self, texts: list[str], *, num_threads: int) -> list[np.ndarray]:
-        """Return the ids of each text, special tokens off."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +33,7 @@ class Encoded:
 
 def encode_file(
     paths: Path | str | Sequence[Path | str],
-    tokenizer: BatchEncoder,
+    tokenizer: Encoder,
     out: Path | str,
     *,
     num_threads: int = 0,
