@@ -214,8 +214,8 @@ def shuffled(rankings: Path, path: Path, seed: int) -> Path:
 
 def log_probs(run: Path, said: Said) -> np.ndarray:
     """Log-probability of each answer under the model of ``run``, nats."""
+    from fastgpt.assess.tasks import score
     from fastgpt.run import load_model
-    from fastgpt.tasks import score
 
     model, _ = load_model(run)
     pairs = list(zip(said.prompts, said.answers, strict=True))
@@ -224,9 +224,9 @@ def log_probs(run: Path, said: Said) -> np.ndarray:
 
 def measure(runs: dict[str, Path], folder: Path, judges: Judges, seed: int) -> dict[str, Any]:
     """What the models say on held-out prompts, and what the judges say of it."""
-    from fastgpt.judges import votes_from_scores
-    from fastgpt.ratings import leaderboard
-    from fastgpt.rl import distinct_n
+    from fastgpt.assess.judges import votes_from_scores
+    from fastgpt.assess.ratings import leaderboard
+    from fastgpt.rl.formulas import distinct_n
 
     prompts = [record["prompt"] for record in read_jsonl(folder / "held_out.jsonl")]
     said = {name: sample(run, prompts, seed + 20_000) for name, run in runs.items()}
@@ -315,7 +315,7 @@ def experiment(
 
 def reward_quality(run: Path, held_out: Path) -> dict[str, Any]:
     """Accuracy of the reward model on held-out rankings, in all and in quarters by margin."""
-    from fastgpt.judges import load_judge
+    from fastgpt.assess.judges import load_judge
 
     records = read_jsonl(held_out)
     prompts = [[{"role": "user", "content": r["prompt"]}] for r in records for _ in range(ANSWERS)]
@@ -337,7 +337,7 @@ def reward_quality(run: Path, held_out: Path) -> dict[str, Any]:
 
 
 FLIPPED = """
-from fastgpt.judges import load_judge
+from fastgpt.assess.judges import load_judge
 
 judge = load_judge({reward!r})
 

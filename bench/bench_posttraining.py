@@ -138,14 +138,14 @@ def world() -> Any:
 def our_sft_data(steps: int) -> Any:
     import numpy as np
 
-    from fastgpt.packing import PackedExamples
+    from fastgpt.data.packing import PackedExamples
 
     examples = [(np.array(ids), np.arange(len(ids)) >= prompt) for ids, prompt in work.chats(steps)]
     return PackedExamples(examples, work.CONTEXT)
 
 
 def our_sft(steps: int) -> dict:
-    from fastgpt.packing import step_batches
+    from fastgpt.data.packing import step_batches
     from fastgpt.sft import SFTConfig, loss_fn
 
     data = our_sft_data(steps)
@@ -164,9 +164,9 @@ def our_reward(steps: int) -> dict:
     import numpy as np
     import torch
 
-    from fastgpt.preferences import Comparison, PackedComparisons, micro_rows
+    from fastgpt.preference.comparisons import Comparison, PackedComparisons, micro_rows
+    from fastgpt.preference.reward_model import RewardModel
     from fastgpt.reward import RewardConfig, Stage
-    from fastgpt.reward_model import RewardModel
 
     comparisons = [
         Comparison([np.array(better), np.array(worse)], prompt, [(0, 1)], [1.0])
@@ -189,11 +189,11 @@ def our_reward(steps: int) -> dict:
 def our_rl(algorithm: str, steps: int) -> dict:
     import torch
 
-    from fastgpt.actor_critic import ActorCritic
-    from fastgpt.experience import Experience, Problem
     from fastgpt.ppo import PPOConfig, _frozen, _Scorer
-    from fastgpt.reward_model import RewardModel
-    from fastgpt.rl_config import RLConfig
+    from fastgpt.preference.reward_model import RewardModel
+    from fastgpt.rl.actor_critic import ActorCritic
+    from fastgpt.rl.config import RLConfig
+    from fastgpt.rl.experience import Experience, Problem
 
     policy, reference = our_model(), _frozen(our_model(), True)
     ppo = algorithm == "ppo"
@@ -378,7 +378,7 @@ def importable(python: str, row: str) -> str | None:
 def test_sft_step(benchmark) -> None:
     """Our own finetuning step, for `--benchmark-compare`; first its loss, then its time."""
     from fastgpt.config import TrainConfig
-    from fastgpt.packing import step_batches
+    from fastgpt.data.packing import step_batches
     from fastgpt.sft import SFTConfig, loss_fn
     from fastgpt.trainer import StopRequest, _Loop
 

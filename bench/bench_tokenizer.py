@@ -34,7 +34,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fastgpt import tokenizer_json  # noqa: E402
+from fastgpt.bpe import hf_json  # noqa: E402
 from fastgpt.tokenizer import Tokenizer  # noqa: E402
 
 if __name__ != "__main__":
@@ -96,7 +96,7 @@ def tiktoken_encoding(pattern: str) -> Any:
 
 def hugging_face(pattern: str) -> Any:
     tokenizers = need("tokenizers")
-    return tokenizers.Tokenizer.from_str(tokenizer_json.dumps(trained(pattern).vocabulary))
+    return tokenizers.Tokenizer.from_str(hf_json.dumps(trained(pattern).vocabulary))
 
 
 def report(benchmark: Any, size: int | None = None) -> None:
@@ -197,7 +197,7 @@ def hugging_face_merges(pattern: str) -> list[str]:
         import_module(f"tokenizers.{name}") for name in ("models", "pre_tokenizers", "trainers")
     )
     peer = tokenizers.Tokenizer(models.BPE())
-    split = pre.Split(tokenizers.Regex(tokenizer_json.SPLIT_REGEX[pattern]), "isolated")
+    split = pre.Split(tokenizers.Regex(hf_json.SPLIT_REGEX[pattern]), "isolated")
     peer.pre_tokenizer = pre.Sequence(
         [split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -213,7 +213,7 @@ def hugging_face_merges(pattern: str) -> list[str]:
 
 def our_merges(pattern: str) -> list[str]:
     ours = Tokenizer.train(documents(), VOCAB_SIZE, pattern=pattern, num_threads=1)
-    return json.loads(tokenizer_json.dumps(ours.vocabulary))["model"]["merges"]
+    return json.loads(hf_json.dumps(ours.vocabulary))["model"]["merges"]
 
 
 @pytest.mark.parametrize("peer", ["fastgpt", "tokenizers"])

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastgpt.checkpoint import Checkpoint
     from fastgpt.distributed import World
     from fastgpt.model import GPT
-    from fastgpt.preferences import PackedComparisons
+    from fastgpt.preference.comparisons import PackedComparisons
     from fastgpt.rundir import RunDir
     from fastgpt.tokenizer import Tokenizer
     from fastgpt.trainer import Batch
@@ -154,7 +154,7 @@ class Stage:
         """See `fastgpt.trainer.LossFn`; a target is a prompt."""
         import torch
 
-        from fastgpt.preferences import pair_loss
+        from fastgpt.preference.comparisons import pair_loss
 
         tensors: Any = batch
         assert self.reference is not None
@@ -178,8 +178,8 @@ class Stage:
         """Loss, accuracy and reward margin on the held-out prompts."""
         import numpy as np
 
-        from fastgpt.pair_metrics import accuracy, leads_of
-        from fastgpt.preferences import all_pairs
+        from fastgpt.preference.comparisons import all_pairs
+        from fastgpt.preference.metrics import accuracy, leads_of
 
         assert self.val is not None
         assert self.val_reference is not None
@@ -273,7 +273,7 @@ def _prepare(
     config: DPOConfig, model: GPT, tokenizer: Tokenizer, run: RunDir, world: World
 ) -> tuple[DPOConfig, Stage]:
     """Data, and the configuration with what it decides."""
-    from fastgpt.preferences import prepare
+    from fastgpt.preference.comparisons import prepare
     from fastgpt.run import save_config
 
     settings = config.train

@@ -1,8 +1,9 @@
 """Compare runs: ``python -m fastgpt.evaluate --run runs/base runs/sft --tasks arc.jsonl``.
 
-Bits per byte of a text, benchmarks (see fastgpt.tasks), and answers to the same prompts: every
-judge compares every two runs on every prompt, and the votes become a leaderboard (fastgpt.ratings).
-Answers are kept in answers.jsonl; people's votes on them come back with ``--votes``.
+Bits per byte of a text, benchmarks (see fastgpt.assess.tasks), and answers to the same prompts:
+every judge compares every two runs on every prompt, and the votes become a leaderboard (see
+fastgpt.assess.ratings). Answers are kept in answers.jsonl; people's votes on them come back with
+``--votes``.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from fastgpt.errors import UsageError
 from fastgpt.generate import SamplingConfig
 
 if TYPE_CHECKING:
-    from fastgpt.examples import Prompt
+    from fastgpt.assess.ratings import Vote
+    from fastgpt.data.examples import Prompt
     from fastgpt.model import GPT
-    from fastgpt.ratings import Vote
     from fastgpt.tokenizer import Tokenizer
 
 ANSWER_BATCH = 32
@@ -43,7 +44,7 @@ class EvaluateConfig:
     prompts: tuple[Path, ...] = ()
     """Prompts, .jsonl, that all runs answer."""
     judge: tuple[str, ...] = ()
-    """Who compares the answers: a reward run, or package.module:function (fastgpt.judges:chrf)."""
+    """Who compares answers: a reward run, or module:function, as fastgpt.assess.judges:chrf."""
     votes: tuple[Path, ...] = ()
     """People's votes, .jsonl: prompt, a, b, winner (a, b or tie)."""
     limit: int = 0
@@ -88,9 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """All that is asked for: ``runs`` (values by run), ``judges`` and ``votes`` (leaderboards)."""
-    from fastgpt.examples import read_prompts
-    from fastgpt.judges import read_votes
-    from fastgpt.tasks import read_task
+    from fastgpt.assess.judges import read_votes
+    from fastgpt.assess.tasks import read_task
+    from fastgpt.data.examples import read_prompts
 
     prompts = read_prompts(config.prompts) if config.prompts else []
     prompts = prompts[: config.limit or None]
@@ -116,7 +117,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _measure(config: EvaluateConfig, path: Path, tasks: Sequence[Any]) -> dict[str, Any]:
-    from fastgpt.tasks import evaluate_task
+    from fastgpt.assess.tasks import evaluate_task
 
     if not config.data and not tasks:
         return {}
@@ -149,7 +150,7 @@ def bits_per_byte(model: GPT, tokenizer: Tokenizer, paths: Sequence[Path]) -> di
     import numpy as np
     import torch
 
-    from fastgpt.data import (
+    from fastgpt.data.batches import (
         PackedDataset,
         ShardWriter,
         open_shard,
@@ -220,7 +221,7 @@ def answer(
 def _judged(
     config: EvaluateConfig, prompts: Sequence[Prompt], answers: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
-    from fastgpt.judges import load_judge, scores_of, votes_from_scores
+    from fastgpt.assess.judges import load_judge, scores_of, votes_from_scores
 
     judged = {}
     for spec in config.judge:
@@ -233,7 +234,7 @@ def _judged(
 
 def standings(votes: Sequence[Vote]) -> dict[str, Any]:
     """The leaderboard of ``votes``, and for every two models how often the first won."""
-    from fastgpt.ratings import leaderboard
+    from fastgpt.assess.ratings import leaderboard
 
     table = leaderboard(votes) if votes else []
     pairs: dict[str, list[float]] = {}

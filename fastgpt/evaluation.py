@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from fastgpt.data import IGNORE_INDEX, MicroBatch, bytes_of
+from fastgpt.data.batches import IGNORE_INDEX, MicroBatch, bytes_of
 from fastgpt.distributed import World
 from fastgpt.errors import DataError
 from fastgpt.model import GPT

@@ -22,8 +22,8 @@ from typing import Any
 from fastgpt import page
 from fastgpt.chart import Series
 from fastgpt.cli import command, from_flags
+from fastgpt.data.examples import embedded, read_prompts
 from fastgpt.errors import DataError, PeerError, Preempted, UsageError
-from fastgpt.examples import embedded, read_prompts
 from fastgpt.rundir import RunDir, read_metrics, write_atomic
 
 STAGES = {"pretrain": "base", "sft": "sft", "reward": "reward", "ppo": "rl"}
@@ -42,7 +42,7 @@ class PipelineConfig:
     """Prompts (.jsonl) for PPO and for the comparison at the end; default: the embedded ones."""
     held_out: int = 96
     """Prompts kept from PPO, on which the models are compared."""
-    judge: tuple[str, ...] = ("fastgpt.judges:chrf",)
+    judge: tuple[str, ...] = ("fastgpt.assess.judges:chrf",)
     """Judges besides the reward model, see fastgpt.evaluate."""
     price_per_hour: float = 0.0
     """Of this machine, for the cost of each stage."""
@@ -103,7 +103,7 @@ def split_prompts(config: PipelineConfig) -> tuple[Path, Path]:
         return paths
     import numpy as np
 
-    from fastgpt.order import permute
+    from fastgpt.data.order import permute
 
     prompts = read_prompts(config.prompts or (embedded("prompts"),))
     if len(prompts) <= config.held_out:

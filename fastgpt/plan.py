@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastgpt.config import PretrainConfig
-from fastgpt.documents import embedded_text
+from fastgpt.data.documents import embedded_text
 
 if TYPE_CHECKING:
     from fastgpt.distributed import World

@@ -23,21 +23,21 @@ from fastgpt import cli
 from fastgpt.config import OptimConfig, StageConfig, TrainConfig
 from fastgpt.errors import DataError, UsageError
 from fastgpt.launch import launch
-from fastgpt.rl_config import RLConfig
+from fastgpt.rl.config import RLConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastgpt.actor_critic import ActorCritic
+    from fastgpt.assess.judges import Judge
     from fastgpt.checkpoint import Checkpoint
-    from fastgpt.data import PackedDataset
+    from fastgpt.data.batches import PackedDataset
+    from fastgpt.data.examples import Prompt
     from fastgpt.distributed import World
-    from fastgpt.examples import Prompt
-    from fastgpt.experience import Experience, Problem
-    from fastgpt.judges import Judge
     from fastgpt.model import GPT
-    from fastgpt.reward_model import RewardModel
-    from fastgpt.rollout import Rows
+    from fastgpt.preference.reward_model import RewardModel
+    from fastgpt.rl.actor_critic import ActorCritic
+    from fastgpt.rl.experience import Experience, Problem
+    from fastgpt.rl.rollout import Rows
     from fastgpt.rundir import MetricsLog, RunDir
     from fastgpt.tokenizer import Tokenizer
 
@@ -91,7 +91,7 @@ def ppo(config: PPOConfig, world: World) -> None:
     """Prepare models and prompts, sample and update, evaluate, report."""
     import torch
 
-    from fastgpt.experience import Experience
+    from fastgpt.rl.experience import Experience
     from fastgpt.run import open_run, resume_from
     from fastgpt.rundir import MetricsLog
     from fastgpt.trainer import train
@@ -143,9 +143,9 @@ def _start(
     """Policy and value model, the reference with weights of its own, and the tokenizer."""
     import torch
 
-    from fastgpt.actor_critic import ActorCritic
     from fastgpt.chat import end_id
-    from fastgpt.reward_model import RewardModel, load_reward_model
+    from fastgpt.preference.reward_model import RewardModel, load_reward_model
+    from fastgpt.rl.actor_critic import ActorCritic
     from fastgpt.run import load_model
 
     if config.init is None:
@@ -192,9 +192,9 @@ def _prepare(
     import numpy as np
 
     from fastgpt.chat import end_id
-    from fastgpt.examples import embedded, read_prompts
-    from fastgpt.experience import Problem
-    from fastgpt.order import permute
+    from fastgpt.data.examples import embedded, read_prompts
+    from fastgpt.data.order import permute
+    from fastgpt.rl.experience import Problem
     from fastgpt.run import save_config
 
     settings, rl = config.train, config.rl
@@ -273,7 +273,7 @@ def _encode(
 
 def _pretraining_text(config: PPOConfig, tokenizer: Tokenizer) -> PackedDataset | None:
     """Token shards of the base run for PPO-ptx, None without --ptx-coef."""
-    from fastgpt.data import PackedDataset, find_tokenized, open_shard
+    from fastgpt.data.batches import PackedDataset, find_tokenized, open_shard
     from fastgpt.run import load_tokenizer
     from fastgpt.rundir import RunDir
 
@@ -313,8 +313,8 @@ class _Scorer:
     def load(
         cls, config: PPOConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt], world: World
     ) -> _Scorer:
-        from fastgpt.judges import load_function, load_judge
-        from fastgpt.reward_model import load_reward_model
+        from fastgpt.assess.judges import load_function, load_judge
+        from fastgpt.preference.reward_model import load_reward_model
 
         options: Any = {"device": str(world.device), "dtype": config.train.dtype}
         model = None
@@ -331,10 +331,10 @@ class _Scorer:
         return cls(tokenizer, prompts, model, function, judge, world, name)
 
     def __call__(self, rows: Rows, numbers: Sequence[int]) -> Tensor:
-        """See `fastgpt.experience.Scorer`."""
+        """See `fastgpt.rl.experience.Scorer`."""
         import torch
 
-        from fastgpt.judges import scores_of
+        from fastgpt.assess.judges import scores_of
 
         scores_B = torch.zeros(len(numbers))
         if self.model is not None:
@@ -378,7 +378,7 @@ class _Evaluation:
 
     def __call__(self) -> dict[str, float]:
         """See `fastgpt.trainer.Evaluate`."""
-        from fastgpt.judges import scores_of
+        from fastgpt.assess.judges import scores_of
 
         values, rows = self.experience.evaluate()
         texts, prompts = self.scorer.texts(rows), self.scorer.held_out(rows)

@@ -17,7 +17,7 @@ from fastgpt.config import PretrainConfig
 from fastgpt.plan import batch_shape, print_plan
 
 if TYPE_CHECKING:
-    from fastgpt.data import PackedDataset
+    from fastgpt.data.batches import PackedDataset
     from fastgpt.distributed import World
     from fastgpt.model import GPT
     from fastgpt.rundir import RunDir
@@ -45,7 +45,7 @@ def pretrain(config: PretrainConfig, world: World) -> None:
     """Prepare data and model, train, evaluate, sample, report."""
     import torch
 
-    from fastgpt.data import step_batches, validation_batches
+    from fastgpt.data.batches import step_batches, validation_batches
     from fastgpt.evaluation import evaluate_loss
     from fastgpt.hardware import compute_dtype
     from fastgpt.loss import next_token_loss
@@ -102,7 +102,7 @@ def _prepare(
     config: PretrainConfig, run: RunDir, world: World
 ) -> tuple[PretrainConfig, Tokenizer, PackedDataset, PackedDataset]:
     """Tokenizer, training and validation set, and the configuration with what they decided."""
-    from fastgpt.data import PackedDataset, check_batches, open_shard
+    from fastgpt.data.batches import PackedDataset, check_batches, open_shard
     from fastgpt.run import prepare_data, save_config
 
     settings = config.train

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from fastgpt.checkpoint import Checkpoint
     from fastgpt.distributed import World
     from fastgpt.model import GPT
-    from fastgpt.preferences import PackedComparisons
-    from fastgpt.reward_model import RewardModel
+    from fastgpt.preference.comparisons import PackedComparisons
+    from fastgpt.preference.reward_model import RewardModel
     from fastgpt.rundir import RunDir
     from fastgpt.tokenizer import Tokenizer
     from fastgpt.trainer import Batch
@@ -160,8 +160,8 @@ class Stage:
         """Normalise the scores; loss and accuracy on the held-out prompts."""
         import numpy as np
 
-        from fastgpt.pair_metrics import accuracy, leads_of
-        from fastgpt.preferences import all_pairs
+        from fastgpt.preference.comparisons import all_pairs
+        from fastgpt.preference.metrics import accuracy, leads_of
 
         values: dict[str, float] = {}
         if self.samples is not None:
@@ -239,7 +239,7 @@ def ranking_loss(model: RewardModel, batch: Any, margin: float) -> tuple[Tensor,
     difference): InstructGPT, arXiv:2203.02155, equation 1; the margin as in Llama 2,
     arXiv:2307.09288, equation 2.
     """
-    from fastgpt.preferences import pair_loss
+    from fastgpt.preference.comparisons import pair_loss
 
     scores_R = raw_scores(model, batch)
     leads_P = scores_R[batch["better_P"]] - scores_R[batch["worse_P"]]
@@ -249,7 +249,7 @@ def ranking_loss(model: RewardModel, batch: Any, margin: float) -> tuple[Tensor,
 
 def packed_samples(rows: Sequence[Any], like: PackedComparisons) -> PackedComparisons:
     """Texts to be scored, packed like the training set."""
-    from fastgpt.preferences import Comparison, PackedComparisons
+    from fastgpt.preference.comparisons import Comparison, PackedComparisons
 
     singles = [Comparison([ids], 0, [], []) for ids in rows]
     return PackedComparisons(singles, like.seq_len, like.rows)
@@ -261,7 +261,7 @@ def _start(
     """The reward model, its tokenizer, and the model that it starts from, None at a resume."""
     from fastgpt.chat import end_id
     from fastgpt.hardware import compute_dtype
-    from fastgpt.reward_model import RewardModel
+    from fastgpt.preference.reward_model import RewardModel
     from fastgpt.run import load_model, load_tokenizer
 
     if checkpoint is not None:  # the loop takes the weights from it
@@ -287,7 +287,7 @@ def _prepare(
     world: World,
 ) -> tuple[RewardConfig, Stage]:
     """Data, and the configuration with what it decides."""
-    from fastgpt.preferences import prepare
+    from fastgpt.preference.comparisons import prepare
     from fastgpt.run import save_config
 
     settings = config.train
@@ -354,7 +354,7 @@ def sample_answers(
 
 def finish(config: RewardConfig, run: RunDir, stage: Stage, evaluation: dict[str, float]) -> None:
     """Print and report how good the scores are."""
-    from fastgpt.pair_report import assess, sections, summary
+    from fastgpt.preference.report import assess, sections, summary
     from fastgpt.report import environment, write_report
 
     samples: list[dict[str, str]] = []

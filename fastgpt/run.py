@@ -13,15 +13,15 @@ import torch
 from fastgpt import cli
 from fastgpt.checkpoint import Checkpoint, load_checkpoint
 from fastgpt.config import DataConfig, ModelConfig
-from fastgpt.data import (
+from fastgpt.data.batches import (
     TokenizedData,
     embedded_text,
     find_tokenized,
     read_documents,
     tokenize_documents,
 )
+from fastgpt.data.documents import Documents
 from fastgpt.distributed import World, pick_device
-from fastgpt.documents import Documents
 from fastgpt.errors import DataError, UsageError
 from fastgpt.hardware import compute_dtype
 from fastgpt.model import GPT

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastgpt.checkpoint import Checkpoint
+    from fastgpt.data.examples import Chat
+    from fastgpt.data.packing import Example, PackedExamples
     from fastgpt.distributed import World
-    from fastgpt.examples import Chat
     from fastgpt.model import GPT
-    from fastgpt.packing import Example, PackedExamples
     from fastgpt.rundir import RunDir
     from fastgpt.tokenizer import Tokenizer
     from fastgpt.trainer import Batch
@@ -95,8 +95,8 @@ def sft(config: SFTConfig, world: World) -> None:
     """Prepare model and data, train, evaluate, sample, report."""
     import torch
 
+    from fastgpt.data.packing import all_batches, step_batches
     from fastgpt.lora import LoRAGPT
-    from fastgpt.packing import all_batches, step_batches
     from fastgpt.run import open_run, resume_from
     from fastgpt.trainer import train
 
@@ -232,9 +232,9 @@ def _prepare(
     config: SFTConfig, tokenizer: Tokenizer, run: RunDir, world: World
 ) -> tuple[SFTConfig, _Data]:
     """Training and validation set, and the configuration with what they decide."""
-    from fastgpt.data import check_batches
-    from fastgpt.examples import embedded, read_chats
-    from fastgpt.packing import PackedExamples
+    from fastgpt.data.batches import check_batches
+    from fastgpt.data.examples import embedded, read_chats
+    from fastgpt.data.packing import PackedExamples
     from fastgpt.run import save_config
 
     seq_len = config.train.seq_len or config.model.context
@@ -277,7 +277,7 @@ def split(chats: Sequence[Chat], fraction: float, seed: int) -> tuple[list[Chat]
     """
     import numpy as np
 
-    from fastgpt.order import permute
+    from fastgpt.data.order import permute
 
     order = permute(np.arange(len(chats)), len(chats), seed).tolist()
     held = max(1, round(fraction * len(chats))) if fraction else 0

@@ -15,9 +15,9 @@ from typing import Literal
 
 import numpy as np
 
+from fastgpt.bpe.hf_json import SPLIT_REGEX
+from fastgpt.bpe.text import map_threads
 from fastgpt.tokenizer import END_OF_TEXT, Tokenizer, check_disallowed
-from fastgpt.tokenizer_json import SPLIT_REGEX
-from fastgpt.tokenizer_text import map_threads
 
 _WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _SMALL = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"

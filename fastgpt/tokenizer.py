@@ -5,7 +5,7 @@ become one. Text with a lone surrogate (a str that has no UTF-8 form) raises Val
 position: replacing it silently would break ``decode(encode(text)) == text``.
 
 ``python -m fastgpt.tokenizer`` trains, encodes, decodes, inspects and compares; the commands are in
-`fastgpt.tokenizer_commands`.
+`fastgpt.bpe.commands`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Literal
 
 import numpy as np
 
-from fastgpt import tokenizer_bpe, tokenizer_files, tokenizer_sentencepiece
+from fastgpt.bpe import byte_pair, files, sentencepiece_model
+from fastgpt.bpe.byte_pair import BytePair
+from fastgpt.bpe.hf_json import Vocabulary
+from fastgpt.bpe.sentencepiece_model import SentencePiece
+from fastgpt.bpe.text import map_threads, read_blocks, specials_regex, surrogate_error
 from fastgpt.errors import DataError
-from fastgpt.tokenizer_bpe import BytePair
-from fastgpt.tokenizer_json import Vocabulary
-from fastgpt.tokenizer_sentencepiece import SentencePiece
-from fastgpt.tokenizer_text import map_threads, read_blocks, specials_regex, surrogate_error
 
 Pattern = Literal["gpt2", "gpt4", "llama3", "o200k"] | str
 AllowedSpecial = Set[str] | Literal["all"]
@@ -108,7 +108,7 @@ class Tokenizer:
         if isinstance(texts, str):
             raise TypeError("texts must be an iterable of str, not one str; pass [text]")
         reserved = [f"<|reserved_{i}|>" for i in range(reserved_special_tokens)]
-        vocabulary = tokenizer_bpe.train(
+        vocabulary = byte_pair.train(
             texts,
             vocab_size,
             pattern=pattern,
@@ -140,7 +140,7 @@ class Tokenizer:
         Raises DataError, naming the file and the place, for a file that is damaged or whose ids
         could not be reproduced exactly.
         """
-        source, file = tokenizer_files.load(Path(path), pattern, special_tokens)
+        source, file = files.load(Path(path), pattern, special_tokens)
         try:
             return cls(source, str(file))
         except ValueError as error:
@@ -151,7 +151,7 @@ class Tokenizer:
         cls, ranks: Mapping[bytes, int], pattern: Pattern, special_tokens: Mapping[str, int]
     ) -> Tokenizer:
         """A tokenizer with the ids of ``tiktoken.Encoding`` for the same ranks and pattern."""
-        return cls(tokenizer_files.vocabulary_of_ranks(ranks, pattern, special_tokens))
+        return cls(files.vocabulary_of_ranks(ranks, pattern, special_tokens))
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -170,12 +170,12 @@ class Tokenizer:
         """
         path = Path(path)
         if isinstance(self._engine, BytePair):
-            return tokenizer_files.save(self._engine.source, path)
+            return files.save(self._engine.source, path)
         model = path.with_suffix(".model")
-        tokenizer_files.write(model, self._engine.source)
+        files.write(model, self._engine.source)
         if path.suffix != ".model":
             pointer = f'{{"type": "sentencepiece", "model_file": "{model.name}"}}\n'
-            tokenizer_files.write(path, pointer.encode())
+            files.write(path, pointer.encode())
 
     def with_special_tokens(self, names: Iterable[str]) -> Tokenizer:
         """This tokenizer with those of ``names`` that it lacks as special tokens behind all ids.
@@ -473,8 +473,8 @@ def train_sentencepiece(
     """
     if isinstance(texts, str):
         raise TypeError("texts must be an iterable of str, not one str; pass [text]")
-    model = tokenizer_sentencepiece.train(texts, vocab_size, num_threads)
-    tokenizer_files.write(Path(path), model)
+    model = sentencepiece_model.train(texts, vocab_size, num_threads)
+    files.write(Path(path), model)
     return Tokenizer(model, str(path))
 
 
@@ -482,4 +482,4 @@ if __name__ == "__main__":
     # The commands know the reading of data and this module; this module knows neither.
     from importlib import import_module
 
-    raise SystemExit(import_module("fastgpt.tokenizer_commands").run())
+    raise SystemExit(import_module("fastgpt.bpe.commands").run())

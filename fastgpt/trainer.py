@@ -31,7 +31,7 @@ from fastgpt.checkpoint import (
     set_rng_state,
 )
 from fastgpt.config import ModelConfig, OptimConfig, TrainConfig
-from fastgpt.data import IGNORE_INDEX, MicroBatch
+from fastgpt.data.batches import IGNORE_INDEX, MicroBatch
 from fastgpt.distributed import World
 from fastgpt.errors import DataError, DivergedError, Preempted, UsageError
 from fastgpt.hardware import peak_flops

@@ -13,21 +13,22 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A module imports its own part and the parts named behind it; a stage no other stage.
+# A module imports its own part and the parts named behind it; a stage no other stage. A package is
+# named in place of its modules.
 ARROWS = """
     errors      errors                                  <-
     config      config presets cli                      <- errors
-    tokenizer   _bpe tokenizer_text tokenizer_json tokenizer_bpe tokenizer_sentencepiece tokenizer_files tokenizer tiktoken_encoding chat <- errors
-    data        order documents shards corpus data examples packing rankings encode_files <- errors
+    tokenizer   _bpe bpe tokenizer tiktoken_encoding chat <- errors
+    data        data                                    <- errors
     output      progress rundir chart page report       <- errors config
-    commands    tokenizer_commands                      <- errors config data output tokenizer
+    commands    bpe.commands                            <- errors config data output tokenizer
     machine     memory hardware distributed             <- errors
     model       model optim lora decoder                <- errors config
     checkpoint  tensorfile manifest checkpoint          <- errors
     trainer     trainer evaluation loss                 <- errors config data output machine model checkpoint
     run         run launch plan generate export convert modeling_fastgpt                <- errors config data output machine model checkpoint trainer tokenizer
-    post        reward_model preferences pair_metrics pair_report rl rl_config rollout actor_critic experience                <- errors config data output machine model checkpoint trainer tokenizer run
-    assess      ratings tasks judges                    <- errors config data output machine model checkpoint trainer tokenizer run post
+    post        preference rl                           <- errors config data output machine model checkpoint trainer tokenizer run
+    assess      assess                                  <- errors config data output machine model checkpoint trainer tokenizer run post
     stage       pretrain sft evaluate reward dpo pipeline ppo <- errors config data output machine model checkpoint trainer tokenizer run post assess
 """  # noqa: E501
 PART: dict[str, str] = {}
@@ -63,26 +64,46 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def module_of(path: Path) -> str:
+    """``bpe.files`` for fastgpt/bpe/files.py."""
+    return ".".join(path.relative_to(ROOT / "fastgpt").with_suffix("").parts)
+
+
+MODULES = {module_of(path) for path in TRAINER} | {"_bpe"}
+
+
 def siblings(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in imports(path) if name.startswith("fastgpt.")}
+    """Modules of fastgpt that a file imports, ``bpe.files`` for example."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {
+        name.removeprefix("fastgpt.") for name in found if name.startswith("fastgpt.")
+    } & MODULES
 
 
-@pytest.mark.parametrize("path", TRAINER, ids=lambda path: path.stem)
+def part_of(module: str) -> str:
+    found = PART.get(module) or PART.get(module.partition(".")[0])
+    assert found is not None, f"{module} needs a place in the table"
+    return found
+
+
+@pytest.mark.parametrize("path", TRAINER, ids=module_of)
 def test_arrows_point_one_way(path):
     if path.stem == "__init__":
         assert not imports(path)
         return
-    assert path.stem in PART, "a new module needs a place in the table"
-    for module in siblings(path) - {path.stem}:
-        if module not in PART:  # a name of fastgpt/__init__.py
-            assert re.search(rf"^{module}\b", (ROOT / "fastgpt/__init__.py").read_text(), re.M)
-            continue
-        assert PART[module] in MAY_IMPORT[PART[path.stem]], f"{path.stem} imports {module}"
+    part = part_of(module_of(path))
+    for module in siblings(path):
+        assert part_of(module) in MAY_IMPORT[part], f"{module_of(path)} imports {module}"
 
 
 def test_no_module_imports_itself_through_others():
     """Inside a part, too: neither at import time nor within a function."""
-    graph = {path.stem: siblings(path) for path in TRAINER}
+    graph = {module_of(path): siblings(path) for path in TRAINER}
 
     def reached(start: str) -> set[str]:
         seen, todo = set(), [start]
@@ -96,7 +117,8 @@ def test_no_module_imports_itself_through_others():
 
 
 def test_only_the_tokenizer_uses_the_extension():
-    assert [path.stem for path in TRAINER if "_bpe" in siblings(path)] == ["tokenizer_bpe"]
+    users = [module_of(path) for path in TRAINER if "_bpe" in siblings(path)]
+    assert users == ["bpe.byte_pair"]
     python = [path.name for path in CORE if re.search(r"pybind11|Python\.h", path.read_text())]
     assert python == ["bindings.cpp"]
 
@@ -111,11 +133,13 @@ def test_kernels_is_a_source_root_not_a_package():
     assert not (ROOT / "kernels/__init__.py").exists()
 
 
-LIGHT = "config presets cli errors progress rundir documents shards corpus order data memory plan"
+LIGHT = "config presets cli errors progress rundir memory plan"
+DATA = "documents shards corpus order batches"
 
 
 def test_modules_without_tensors_load_no_torch():
-    modules = [f"fastgpt.{name}" for name in [*LIGHT.split(), "pretrain", "generate"]]
+    names = [*LIGHT.split(), *(f"data.{name}" for name in DATA.split()), "pretrain", "generate"]
+    modules = [f"fastgpt.{name}" for name in names]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

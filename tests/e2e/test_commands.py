@@ -14,7 +14,7 @@ from commands import TINY, Shell, real_python
 from fastgpt import cli, presets
 from fastgpt.checkpoint import load_checkpoint
 from fastgpt.config import PretrainConfig
-from fastgpt.shards import open_shard
+from fastgpt.data.shards import open_shard
 from fastgpt.tokenizer import Tokenizer
 
 

@@ -45,7 +45,7 @@ def test_a_comparison_of_runs(shell, runs, tmp_path):
     out = tmp_path / "result"
     done = shell.run(
         "evaluate", "--run", *runs, "--data", "my.txt", "--tasks", tasks, "--few-shot", 1,
-        "--prompts", prompts, "--judge", "fastgpt.judges:chrf", "--votes", votes,
+        "--prompts", prompts, "--judge", "fastgpt.assess.judges:chrf", "--votes", votes,
         "--max-new-tokens", 8, "--out", out,
     )  # fmt: skip
     assert done.status == 0, done.out
@@ -55,13 +55,13 @@ def test_a_comparison_of_runs(shell, runs, tmp_path):
         assert values["where"]["n"] == 2
         assert values["answers"]["characters"] > 0
     assert result["runs"]["one"] == result["runs"]["two"]
-    judged = result["judges"]["fastgpt.judges:chrf"]
+    judged = result["judges"]["fastgpt.assess.judges:chrf"]
     assert judged["win_rate"]["one over two"] == 0.5
     assert [row["model"] for row in result["votes"]["votes.jsonl"]["leaderboard"]] == ["one", "two"]
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert [a["reference"] for a in answers] == ["In the barn, it says.", "In the river, it says."]
     assert answers[0]["answers"]["one"] == answers[0]["answers"]["two"]
-    assert "judge fastgpt.judges:chrf" in done.out
+    assert "judge fastgpt.assess.judges:chrf" in done.out
     assert "votes votes.jsonl" in done.out
 
 

@@ -62,7 +62,13 @@ def test_the_whole_way(server, shell, corpus, tmp_path, monkeypatch):
     state = json.loads((out / "pipeline.json").read_text())
     assert state["done"] == ["pretrain", "sft", "reward", "ppo", "evaluate"]
     page = (out / "report.html").read_text()
-    for text in ("Four stages", "cost", "Leaderboard by reward", "fastgpt.judges:chrf", "Where is"):
+    for text in (
+        "Four stages",
+        "cost",
+        "Leaderboard by reward",
+        "fastgpt.assess.judges:chrf",
+        "Where is",
+    ):
         assert text in page
     assert page.count("<svg") >= 5
     assert "<script" not in page

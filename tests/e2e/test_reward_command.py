@@ -15,8 +15,8 @@ from ranked import OPTIONS, assert_same_run, finetuned, log, on_two, rankings
 from fastgpt.chat import render_prompt
 from fastgpt.checkpoint import load_checkpoint
 from fastgpt.errors import UsageError
-from fastgpt.preferences import answer_ids
-from fastgpt.reward_model import load_reward_model
+from fastgpt.preference.comparisons import answer_ids
+from fastgpt.preference.reward_model import load_reward_model
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt.data import (
+from fastgpt.data.batches import (
     PackedDataset,
     Shard,
     bytes_of,

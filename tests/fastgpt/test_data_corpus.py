@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt import corpus, documents
-from fastgpt.corpus import choose_validation, tokenize_documents
-from fastgpt.documents import Document, read_documents
+from fastgpt.data import corpus, documents
+from fastgpt.data.corpus import choose_validation, tokenize_documents
+from fastgpt.data.documents import Document, read_documents
+from fastgpt.data.shards import open_shard
 from fastgpt.errors import DataError, UsageError
-from fastgpt.shards import open_shard
 
 EOT = 256
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastgpt.order import mix64, permute
+from fastgpt.data.order import mix64, permute
 
 SEED = st.integers(0, 2**64 - 1)
 MASK = 2**64 - 1

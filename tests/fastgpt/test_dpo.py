@@ -12,7 +12,7 @@ from fastgpt.config import ModelConfig
 from fastgpt.distributed import World
 from fastgpt.dpo import Stage, answer_log_probs
 from fastgpt.model import GPT
-from fastgpt.preferences import Comparison, PackedComparisons
+from fastgpt.preference.comparisons import Comparison, PackedComparisons
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=64, context=32)
 PROMPT = 3

@@ -9,8 +9,8 @@ import re
 
 import pytest
 
+from fastgpt.data.examples import embedded, read_chats, read_prompts
 from fastgpt.errors import DataError
-from fastgpt.examples import embedded, read_chats, read_prompts
 
 USER = {"role": "user", "content": "Hi — there"}
 ASSISTANT = {"role": "assistant", "content": "Hello\n"}

@@ -8,11 +8,7 @@ import random
 import pytest
 import torch
 
-from fastgpt.chat import with_chat_tokens
-from fastgpt.config import ModelConfig
-from fastgpt.errors import DataError, UsageError
-from fastgpt.examples import read_prompts
-from fastgpt.judges import (
+from fastgpt.assess.judges import (
     RewardJudge,
     chrf,
     load_function,
@@ -21,8 +17,12 @@ from fastgpt.judges import (
     scores_of,
     votes_from_scores,
 )
-from fastgpt.ratings import Vote
-from fastgpt.reward_model import RewardModel
+from fastgpt.assess.ratings import Vote
+from fastgpt.chat import with_chat_tokens
+from fastgpt.config import ModelConfig
+from fastgpt.data.examples import read_prompts
+from fastgpt.errors import DataError, UsageError
+from fastgpt.preference.reward_model import RewardModel
 from fastgpt.tokenizer import Tokenizer
 
 

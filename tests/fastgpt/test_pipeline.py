@@ -7,8 +7,8 @@ import json
 import pytest
 
 from fastgpt import pipeline
+from fastgpt.data.examples import read_prompts
 from fastgpt.errors import DataError, PeerError, Preempted
-from fastgpt.examples import read_prompts
 from fastgpt.pipeline import PipelineConfig, commands, split_prompts, stage_table
 
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt.actor_critic import ActorCritic
 from fastgpt.config import ModelConfig
-from fastgpt.data import PackedDataset, ShardWriter, open_shard
+from fastgpt.data.batches import PackedDataset, ShardWriter, open_shard
 from fastgpt.distributed import World
 from fastgpt.errors import DataError, UsageError
-from fastgpt.experience import Experience, Problem, weights_hash
 from fastgpt.model import GPT
-from fastgpt.reward_model import RewardModel
-from fastgpt.rl_config import RLConfig
+from fastgpt.preference.reward_model import RewardModel
+from fastgpt.rl.actor_critic import ActorCritic
+from fastgpt.rl.config import RLConfig
+from fastgpt.rl.experience import Experience, Problem, weights_hash
 
 pytestmark = pytest.mark.usefixtures("uncompiled", "seeded")
 

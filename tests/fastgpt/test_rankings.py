@@ -7,9 +7,9 @@ import json
 
 import pytest
 
+from fastgpt.data.examples import embedded
+from fastgpt.data.rankings import Ranking, read_rankings, untied
 from fastgpt.errors import DataError
-from fastgpt.examples import embedded
-from fastgpt.rankings import Ranking, read_rankings, untied
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import random
 import numpy as np
 import pytest
 
+from fastgpt.assess.ratings import MEAN, POINTS, PRIOR_TIES, Vote, bradley_terry, leaderboard
 from fastgpt.errors import DataError
-from fastgpt.ratings import MEAN, POINTS, PRIOR_TIES, Vote, bradley_terry, leaderboard
 
 
 def duel(wins: int, losses: int, ties: int = 0) -> list[Vote]:

@@ -12,10 +12,19 @@ import pytest
 import torch
 
 from fastgpt.chat import end_id, with_chat_tokens
-from fastgpt.data import IGNORE_INDEX
+from fastgpt.data.batches import IGNORE_INDEX
+from fastgpt.data.packing import pack
+from fastgpt.data.rankings import Ranking
 from fastgpt.errors import DataError, UsageError
-from fastgpt.packing import pack
-from fastgpt.pair_metrics import (
+from fastgpt.preference.comparisons import (
+    Comparison,
+    PackedComparisons,
+    encode,
+    prompts_per_step,
+    row_length,
+    split,
+)
+from fastgpt.preference.metrics import (
     accuracy,
     by_count,
     by_difference,
@@ -24,15 +33,6 @@ from fastgpt.pair_metrics import (
     correlation,
     text_table,
 )
-from fastgpt.preferences import (
-    Comparison,
-    PackedComparisons,
-    encode,
-    prompts_per_step,
-    row_length,
-    split,
-)
-from fastgpt.rankings import Ranking
 from fastgpt.tokenizer import Tokenizer
 
 

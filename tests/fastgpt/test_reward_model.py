@@ -11,9 +11,9 @@ import torch
 
 from fastgpt.config import ModelConfig
 from fastgpt.model import GPT
-from fastgpt.preferences import Comparison, PackedComparisons, pair_loss
+from fastgpt.preference.comparisons import Comparison, PackedComparisons, pair_loss
+from fastgpt.preference.reward_model import RewardModel
 from fastgpt.reward import ranking_loss, raw_scores
-from fastgpt.reward_model import RewardModel
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=64, context=32)
 pytestmark = pytest.mark.usefixtures("uncompiled")

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt import rl
 from fastgpt.config import ModelConfig
 from fastgpt.decoder import draw
 from fastgpt.distributed import World
 from fastgpt.errors import UsageError
 from fastgpt.model import GPT
-from fastgpt.rollout import Rows, sample_responses, score_rows, token_log_probs
+from fastgpt.rl import formulas
+from fastgpt.rl.rollout import Rows, sample_responses, score_rows, token_log_probs
 
 pytestmark = pytest.mark.usefixtures("uncompiled", "seeded")
 
@@ -78,7 +78,7 @@ def test_rows_are_sampled_as_if_alone(config, temperature):
 
 def test_what_has_ended_is_dropped_and_changes_nothing(monkeypatch):
     """With many rows, most end early: the batch gets narrow, and every row stays what it is."""
-    from fastgpt import rollout
+    from fastgpt.rl import rollout
 
     model = GPT(dataclasses.replace(ROTARY, vocab_size=4))  # all four are about equally likely
     prompts, numbers = [[i % 4] for i in range(40)], uniforms(40)
@@ -182,14 +182,14 @@ def test_the_kl_of_the_own_samples_is_not_negative_in_expectation():
     policy, reference = random_model(), random_model()
     prompts, numbers = [[1 + i % 20] for i in range(200)], uniforms(200)
     rows = rows_of(prompts, sample(policy, prompts, numbers))
-    kl_BR = rl.kl_estimate(scored(policy, rows, 64), scored(reference, rows, 64), "k1")
-    mean = rl.masked_mean(kl_BR, rows.mask_BR)
-    spread = rl.masked_var(kl_BR, rows.mask_BR).sqrt() / rows.mask_BR.sum().sqrt()
+    kl_BR = formulas.kl_estimate(scored(policy, rows, 64), scored(reference, rows, 64), "k1")
+    mean = formulas.masked_mean(kl_BR, rows.mask_BR)
+    spread = formulas.masked_var(kl_BR, rows.mask_BR).sqrt() / rows.mask_BR.sum().sqrt()
     assert mean > 5 * spread
     # The reference's own samples say the same of it, with the sign turned.
     rows = rows_of(prompts, sample(reference, prompts, numbers))
-    kl_BR = rl.kl_estimate(scored(policy, rows, 64), scored(reference, rows, 64), "k1")
-    assert rl.masked_mean(kl_BR, rows.mask_BR) < -5 * spread
+    kl_BR = formulas.kl_estimate(scored(policy, rows, 64), scored(reference, rows, 64), "k1")
+    assert formulas.masked_mean(kl_BR, rows.mask_BR) < -5 * spread
 
 
 @pytest.mark.parametrize("vocab_size", [1, 100, 128, 129, 1000])

@@ -11,10 +11,10 @@ import torch
 
 from fastgpt import chat
 from fastgpt.config import ModelConfig
+from fastgpt.data.examples import Chat
+from fastgpt.data.packing import PackedExamples
 from fastgpt.errors import DataError, UsageError
-from fastgpt.examples import Chat
 from fastgpt.model import GPT
-from fastgpt.packing import PackedExamples
 from fastgpt.sft import SFTConfig, encode, grown_weights, loss_fn, split
 from fastgpt.tokenizer import Tokenizer
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.config import ModelConfig
+from fastgpt.data.packing import PackedExamples, all_batches, pack, step_batches
 from fastgpt.model import GPT
-from fastgpt.packing import PackedExamples, all_batches, pack, step_batches
 
 T = 24
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt import shards
+from fastgpt.data import shards
+from fastgpt.data.shards import ShardWriter, open_shard
 from fastgpt.errors import DataError, UsageError
-from fastgpt.shards import ShardWriter, open_shard
 
 HASH = "ab" * 32
 IDENTITY = {"vocab_size": 1000, "tokenizer_hash": HASH}
@@ -271,7 +271,7 @@ def test_unwritable_places(tmp_path):
 def test_a_killed_writer_leaves_the_old_shard(tmp_path):
     path = write(tmp_path / "a.bin", [1, 2, 3])
     code = (
-        "import os, sys, numpy as np; from fastgpt.shards import ShardWriter\n"
+        "import os, sys, numpy as np; from fastgpt.data.shards import ShardWriter\n"
         f"w = ShardWriter(sys.argv[1], vocab_size=1000, tokenizer_hash={HASH!r})\n"
         "w.append(np.ones(10**6, int)); w._file.flush(); os.kill(os.getpid(), 9)"
     )
@@ -298,7 +298,7 @@ def test_a_billion_tokens_open_at_once(tmp_path):
     if path.stat().st_blocks * 512 > payload // 2:
         pytest.skip("the file system has no sparse files")
     code = (
-        "import json, sys, time; from fastgpt.data import open_shard, PackedDataset\n"
+        "import json, sys, time; from fastgpt.data.batches import open_shard, PackedDataset\n"
         "def go():\n"
         "    t = time.perf_counter()\n"
         f"    s = open_shard(sys.argv[1], vocab_size=1000, tokenizer_hash={HASH!r})\n"

@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
+from fastgpt.assess.tasks import Example, Task, evaluate_task, final_answer, read_task, score
 from fastgpt.chat import render, with_chat_tokens
 from fastgpt.config import ModelConfig
 from fastgpt.errors import DataError
 from fastgpt.model import GPT
-from fastgpt.tasks import Example, Task, evaluate_task, final_answer, read_task, score
 from fastgpt.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -210,7 +210,7 @@ def test_written_answers_are_compared(model, tokenizer, monkeypatch):
         return [tokenizer.encode(said[text[len("Question: ")]]) for text in
                 (text[text.index("Question") :] for text in texts)]  # fmt: skip
 
-    monkeypatch.setattr("fastgpt.tasks.generate", generate)
+    monkeypatch.setattr("fastgpt.assess.tasks.generate", generate)
     examples = [Example("a", "#### 4"), Example("b", "4"), Example("c", "Seven.")]
     found = evaluate_task(model, tokenizer, Task("t", examples), max_new_tokens=8)
     assert found["acc"] == pytest.approx(2 / 3)

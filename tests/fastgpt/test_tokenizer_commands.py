@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 import tokenizer_samples as samples
 
-from fastgpt import tokenizer_commands
-from fastgpt.documents import read_documents
-from fastgpt.encode_files import encode_file
+from fastgpt.bpe import commands
+from fastgpt.data.documents import read_documents
+from fastgpt.data.encode_files import encode_file
+from fastgpt.data.shards import open_shard
 from fastgpt.errors import DataError, UsageError
-from fastgpt.shards import open_shard
 from fastgpt.tokenizer import Tokenizer
 
 EOT = "<|endoftext|>"
 
 
 def run(*argv) -> None:
-    tokenizer_commands.main([str(word) for word in argv])
+    commands.main([str(word) for word in argv])
 
 
 def feed(monkeypatch, text: str | bytes) -> None:
@@ -104,9 +104,7 @@ def test_bench_checks_before_it_times(folder, capsys, monkeypatch):
     for name in ("fastgpt", "tiktoken", "tokenizers"):
         (line,) = (line for line in out.splitlines() if line.split()[:1] == [name])
         assert all(float(word) > 0 for word in line.split()[1:])
-    monkeypatch.setitem(
-        tokenizer_commands._PEERS, "tiktoken", lambda t: (lambda text: [1], t.decode)
-    )
+    monkeypatch.setitem(commands._PEERS, "tiktoken", lambda t: (lambda text: [1], t.decode))
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     run("bench", folder / "a.txt", "--tokenizer", folder / "t.json", "--megabytes", 0.02)
     out = capsys.readouterr().out
@@ -183,7 +181,7 @@ def test_a_file_becomes_the_ids_of_its_documents(folder, tmp_path):
 
 
 def test_a_long_document_in_pieces_ends_once(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastgpt.documents.PIECE_BYTES", 5000)
+    monkeypatch.setattr("fastgpt.data.documents.PIECE_BYTES", 5000)
     tokenizer = Tokenizer.from_file(folder / "t.json")
     path = tmp_path / "long.txt"
     text = "\n".join(f"line {i} of a long document" for i in range(30_000))
@@ -199,8 +197,8 @@ def test_a_long_document_in_pieces_ends_once(folder, tmp_path, monkeypatch):
 
 
 def test_memory_does_not_follow_the_file(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastgpt.documents.PIECE_BYTES", 1 << 20)
-    monkeypatch.setattr("fastgpt.encode_files._BATCH_CHARACTERS", 1 << 20)
+    monkeypatch.setattr("fastgpt.data.documents.PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr("fastgpt.data.encode_files._BATCH_CHARACTERS", 1 << 20)
     tokenizer = Tokenizer.from_file(folder / "t.json")
     path = tmp_path / "long.txt"
     line = "some words that make one line of a document without an end\n"

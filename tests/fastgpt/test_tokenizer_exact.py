@@ -16,7 +16,8 @@ from tokenizer_samples import PATTERNS, nasty_text
 from tokenizers import Regex, models, trainers
 from tokenizers import pre_tokenizers as pre
 
-from fastgpt import _bpe, tokenizer_json
+from fastgpt import _bpe
+from fastgpt.bpe import hf_json
 from fastgpt.tokenizer import Tokenizer
 
 by_pattern = pytest.mark.parametrize("pattern", PATTERNS)
@@ -240,7 +241,7 @@ def test_hugging_face_reads_the_file_and_gives_the_same_ids(pattern, tmp_path):
 
 def hugging_face_merges(texts, pattern: str, vocab_size: int) -> list[str]:
     theirs = tokenizers.Tokenizer(models.BPE())
-    split = pre.Split(Regex(tokenizer_json.SPLIT_REGEX[pattern]), "isolated")
+    split = pre.Split(Regex(hf_json.SPLIT_REGEX[pattern]), "isolated")
     theirs.pre_tokenizer = pre.Sequence(
         [split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -255,7 +256,7 @@ def hugging_face_merges(texts, pattern: str, vocab_size: int) -> list[str]:
 
 def our_merges(texts, pattern: str, vocab_size: int) -> list[str]:
     ours = Tokenizer.train(texts, vocab_size, pattern=pattern, special_tokens=())
-    return json.loads(tokenizer_json.dumps(ours.vocabulary))["model"]["merges"]
+    return json.loads(hf_json.dumps(ours.vocabulary))["model"]["merges"]
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])

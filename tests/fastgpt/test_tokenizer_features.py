@@ -18,8 +18,8 @@ import tokenizer_samples as samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastgpt.bpe.byte_pair import Splitter
 from fastgpt.tokenizer import Tokenizer
-from fastgpt.tokenizer_bpe import Splitter
 
 EOT = "<|endoftext|>"
 PATTERN = r"\p{Lu}?\p{Ll}+|\p{N}{1,2}|[^\S\n]+|\n+|[^\s\p{L}\p{N}]+|\p{L}+"

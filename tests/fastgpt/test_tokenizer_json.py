@@ -11,7 +11,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt import tokenizer_json
+from fastgpt.bpe import hf_json
 from fastgpt.errors import DataError
 from fastgpt.tokenizer import Tokenizer
 
@@ -21,7 +21,7 @@ def small() -> Tokenizer:
 
 
 def document() -> dict[str, Any]:
-    return json.loads(tokenizer_json.dumps(small().vocabulary))
+    return json.loads(hf_json.dumps(small().vocabulary))
 
 
 def load(tmp_path, data: Any) -> Tokenizer:
@@ -118,7 +118,7 @@ def test_a_mutated_file_is_read_or_refused_but_never_worse(tmp_path_factory, dat
 def test_files_of_other_writers_are_read(tmp_path):
     # As published for GPT-2: split by ByteLevel itself, and merges as Hugging Face writes them.
     ours = samples.trained("gpt2")
-    data = json.loads(tokenizer_json.dumps(ours.vocabulary))
+    data = json.loads(hf_json.dumps(ours.vocabulary))
     data["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     data["post_processor"] = {
         "type": "ByteLevel",

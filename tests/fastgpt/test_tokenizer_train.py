@@ -12,17 +12,17 @@ import tokenizers
 from tokenizers import Regex, models, trainers
 from tokenizers import pre_tokenizers as pre
 
-from fastgpt import tokenizer_json
+from fastgpt.bpe import hf_json
+from fastgpt.bpe.byte_pair import core
+from fastgpt.bpe.text import last_cut, read_blocks
 from fastgpt.errors import DataError
 from fastgpt.tokenizer import Tokenizer, read_texts
-from fastgpt.tokenizer_bpe import core
-from fastgpt.tokenizer_text import last_cut, read_blocks
 
 
 def hugging_face(texts, vocab_size: int, pattern: str, **options) -> list[bytes]:
     """The tokens that Hugging Face's trainer makes, in order, bytes apart."""
     theirs = tokenizers.Tokenizer(models.BPE())
-    split = pre.Split(Regex(tokenizer_json.SPLIT_REGEX.get(pattern, pattern)), "isolated")
+    split = pre.Split(Regex(hf_json.SPLIT_REGEX.get(pattern, pattern)), "isolated")
     theirs.pre_tokenizer = pre.Sequence(
         [split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -39,7 +39,7 @@ def hugging_face(texts, vocab_size: int, pattern: str, **options) -> list[bytes]
 
 def ours(texts, vocab_size: int, pattern: str, **options) -> list[str]:
     tokenizer = Tokenizer.train(texts, vocab_size, pattern=pattern, special_tokens=(), **options)
-    return [tokenizer_json.token_name(token) for token in tokenizer.vocabulary.tokens[256:]]
+    return [hf_json.token_name(token) for token in tokenizer.vocabulary.tokens[256:]]
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 8])
@@ -146,14 +146,14 @@ def test_a_pattern_of_ones_own():
     pattern = r"\p{Lu}?\p{Ll}+|\p{N}|[^\S\n]+|\n+|[^\s\p{L}\p{N}]+|\p{L}+"
     assert ours(texts, 900, pattern) == hugging_face(texts, 900, pattern)
     # The scanner and the regular expression of the same split see the same words.
-    same = tokenizer_json.SPLIT_REGEX["gpt2"]
+    same = hf_json.SPLIT_REGEX["gpt2"]
     assert ours(texts, 900, f"(?:{same})") == ours(texts, 900, "gpt2")
 
 
 @pytest.mark.parametrize("pattern", samples.PATTERNS)
 def test_files_text_in_memory_and_iterators_give_the_same(pattern, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastgpt.tokenizer_bpe._SHARE_CHARACTERS", 5000)
-    monkeypatch.setattr("fastgpt.tokenizer_text.BLOCK_BYTES", 7777)
+    monkeypatch.setattr("fastgpt.bpe.byte_pair._SHARE_CHARACTERS", 5000)
+    monkeypatch.setattr("fastgpt.bpe.text.BLOCK_BYTES", 7777)
     text = samples.english(200_000) + "\n\n  end \n" + "日本語 " * 500 + samples.english(30_000)
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode())

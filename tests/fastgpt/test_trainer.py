@@ -19,7 +19,7 @@ from torch import nn
 from fastgpt import trainer
 from fastgpt.checkpoint import SaveError, list_steps, load_checkpoint
 from fastgpt.config import ModelConfig, OptimConfig, TrainConfig
-from fastgpt.data import IGNORE_INDEX
+from fastgpt.data.batches import IGNORE_INDEX
 from fastgpt.distributed import World
 from fastgpt.errors import DataError, DivergedError, Preempted, UsageError
 from fastgpt.model import GPT

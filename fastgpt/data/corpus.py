@@ -4,7 +4,7 @@ Every document is followed by the end-of-text id. The ids go to one temporary fi
 the validation part is chosen with the size of every document known, and are then dealt into two
 shards:
 
-    out_dir/train.bin  out_dir/val.bin      see fastgpt.shards
+    out_dir/train.bin  out_dir/val.bin      see fastgpt.data.shards
     out_dir/meta.json                       counts, bytes of text, tokenizer, options, sources
 
 The same inputs and options find finished shards again instead of encoding anew. A lock on the
@@ -25,10 +25,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastgpt.documents import Document, Documents
+from fastgpt.data.documents import Document, Documents
+from fastgpt.data.order import mix64
+from fastgpt.data.shards import ShardWriter, narrow, token_dtype, writing
 from fastgpt.errors import DataError, UsageError
-from fastgpt.order import mix64
-from fastgpt.shards import ShardWriter, narrow, token_dtype, writing
 
 try:
     import fcntl

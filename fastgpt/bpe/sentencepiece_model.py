@@ -1,4 +1,4 @@
-"""sentencepiece models behind the interface of `fastgpt.tokenizer_bpe.BytePair`, and training.
+"""sentencepiece models behind the interface of `fastgpt.bpe.byte_pair.BytePair`, and training.
 
 The ids are the library's. As there, a text usually gets one space in front (``add_dummy_prefix``)
 which decoding takes away. Text between special tokens is encoded piece by piece.
@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from fastgpt.bpe.text import split_specials
 from fastgpt.errors import DataError
-from fastgpt.tokenizer_text import split_specials
 
 _SPACE = "▁"
 
 
 class SentencePiece:
-    """Encodes and decodes as the library does; see `fastgpt.tokenizer_bpe.BytePair`."""
+    """Encodes and decodes as the library does; see `fastgpt.bpe.byte_pair.BytePair`."""
 
     def __init__(self, model: bytes, file: str = "sentencepiece model") -> None:
         import sentencepiece

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from fastgpt.corpus import TokenizedData, find_tokenized, tokenize_documents
-from fastgpt.documents import Document, Documents, embedded_text, read_documents
+from fastgpt.data.corpus import TokenizedData, find_tokenized, tokenize_documents
+from fastgpt.data.documents import Document, Documents, embedded_text, read_documents
+from fastgpt.data.order import mix64, permute
+from fastgpt.data.shards import Shard, ShardWriter, open_shard
 from fastgpt.errors import DataError, UsageError
-from fastgpt.order import mix64, permute
-from fastgpt.shards import Shard, ShardWriter, open_shard
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,8 @@ import numpy as np
 
 from fastgpt.chart import Series, legend, line_chart
 from fastgpt.page import columns, facts_table, html_text
-from fastgpt.pair_metrics import (
+from fastgpt.preference.comparisons import Comparison, all_pairs
+from fastgpt.preference.metrics import (
     Table,
     accuracy,
     by_count,
@@ -20,7 +21,6 @@ from fastgpt.pair_metrics import (
     leads_of,
     text_table,
 )
-from fastgpt.preferences import Comparison, all_pairs
 
 
 @dataclass(frozen=True)

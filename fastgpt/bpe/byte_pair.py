@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fastgpt.tokenizer_json import MAX_ID, SPLIT_REGEX, Vocabulary, token_of_name
-from fastgpt.tokenizer_text import (
+from fastgpt.bpe.hf_json import MAX_ID, SPLIT_REGEX, Vocabulary, token_of_name
+from fastgpt.bpe.text import (
     character_ends,
     last_cut,
     map_threads,

@@ -16,13 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgpt.assess.ratings import Vote
 from fastgpt.chat import render
+from fastgpt.data.examples import Message, Prompt, read_records
 from fastgpt.errors import DataError, UsageError
-from fastgpt.examples import Message, Prompt, read_records
-from fastgpt.ratings import Vote
 
 if TYPE_CHECKING:
-    from fastgpt.reward_model import RewardModel
+    from fastgpt.preference.reward_model import RewardModel
     from fastgpt.tokenizer import Tokenizer
 
 SCORE_BATCH = 64
@@ -62,7 +62,7 @@ def load_judge(spec: str, *, device: str = "auto", dtype: str = "auto") -> Judge
     """
     if not Path(spec).is_dir():
         return load_function(spec, "--judge")
-    from fastgpt.reward_model import load_reward_model
+    from fastgpt.preference.reward_model import load_reward_model
 
     model, tokenizer = load_reward_model(Path(spec), device=device, dtype=dtype)
     return RewardJudge(model, tokenizer)

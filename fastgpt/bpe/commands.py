@@ -54,7 +54,7 @@ class Train:
 
     def run(self) -> None:
         """Train, save and say what came out."""
-        from fastgpt.documents import read_documents
+        from fastgpt.data.documents import read_documents
         from fastgpt.progress import task
         from fastgpt.tokenizer import Tokenizer
 
@@ -118,7 +118,7 @@ class Encode:
             return
         if self.out is None:
             raise UsageError("--out is missing: the shard to write, for instance --out train.bin")
-        from fastgpt.encode_files import encode_file
+        from fastgpt.data.encode_files import encode_file
         from fastgpt.progress import task
 
         with task("encode", 1) as bar:
@@ -269,7 +269,7 @@ def _ours(tokenizer: Tokenizer) -> Coder:
 
 
 def _tiktoken(tokenizer: Tokenizer) -> Coder:
-    from fastgpt.tokenizer_json import SPLIT_REGEX
+    from fastgpt.bpe.hf_json import SPLIT_REGEX
 
     tiktoken = importlib.import_module("tiktoken")
     vocabulary = tokenizer.vocabulary
@@ -284,7 +284,7 @@ def _tiktoken(tokenizer: Tokenizer) -> Coder:
 
 
 def _tokenizers(tokenizer: Tokenizer) -> Coder:
-    from fastgpt.tokenizer_json import dumps
+    from fastgpt.bpe.hf_json import dumps
 
     peer: Any = importlib.import_module("tokenizers").Tokenizer.from_str(
         dumps(tokenizer.vocabulary)
@@ -317,7 +317,7 @@ def _load(path: Path, pattern: str | None) -> Tokenizer:
 
 
 def _text_batches(files: Sequence[Path], text_key: str) -> Iterator[list[str]]:
-    from fastgpt.documents import read_documents
+    from fastgpt.data.documents import read_documents
 
     texts = (document.text for document in read_documents(files, text_key=text_key))
     while batch := list(islice(texts, 1024)):
@@ -326,7 +326,7 @@ def _text_batches(files: Sequence[Path], text_key: str) -> Iterator[list[str]]:
 
 def _ids_of(shard: Path | None, tokenizer: Tokenizer) -> Iterator[list[int]]:
     if shard is not None:
-        from fastgpt.shards import open_shard
+        from fastgpt.data.shards import open_shard
 
         tokens = open_shard(
             shard, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash

@@ -62,7 +62,7 @@ def embedded_text() -> Path:
 
     Raises DataError if the installation lacks it.
     """
-    path = Path(__file__).parent / "assets" / "pretrain.txt.xz"
+    path = Path(__file__).parents[1] / "assets" / "pretrain.txt.xz"
     if not path.is_file():
         raise DataError(f"{path}: the packaged text is missing; reinstall fastgpt-trainer")
     return path

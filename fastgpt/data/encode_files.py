@@ -1,6 +1,6 @@
 """Files of text -> one shard of token ids, in constant memory.
 
-For training use `fastgpt.corpus`, which splits off a validation part and finds finished shards
+For training use `fastgpt.data.corpus`, which splits off a validation part and finds finished shards
 again; this is the plain conversion, with as many threads as the tokenizer is given.
 """
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgpt.corpus import Encoder
-from fastgpt.documents import Document, read_documents
+from fastgpt.data.corpus import Encoder
+from fastgpt.data.documents import Document, read_documents
+from fastgpt.data.shards import ShardWriter
 from fastgpt.errors import UsageError
-from fastgpt.shards import ShardWriter
 
 _BATCH_DOCUMENTS = 4096
 _BATCH_CHARACTERS = 8 << 20
@@ -40,7 +40,7 @@ def encode_file(
     text_key: str = "text",
     progress: Callable[[int, int], None] | None = None,
 ) -> Encoded:
-    """Encode text files (see `fastgpt.documents`) into the shard ``out`` (see `fastgpt.shards`).
+    """Encode the texts of `fastgpt.data.documents` into the shard ``out`` (`fastgpt.data.shards`).
 
     Every document is followed by the end-of-text id. Memory is bounded by a batch of some MB of
     text, the longest line, and 8 bytes a document; ``num_threads`` 0 is one per core.

@@ -21,10 +21,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastgpt import tokenizer_json
+from fastgpt.bpe import hf_json
+from fastgpt.bpe.byte_pair import core
+from fastgpt.bpe.hf_json import MAX_ID, Vocabulary
 from fastgpt.errors import DataError
-from fastgpt.tokenizer_bpe import core
-from fastgpt.tokenizer_json import MAX_ID, Vocabulary
 
 # The published files by their sha256: the pattern and the special tokens, which are not in them.
 _OPENAI: dict[str, tuple[str, dict[str, int]]] = {
@@ -68,7 +68,7 @@ def load(
     data = read(path)
     head = data.lstrip(b" \t\r\n")[:1]
     if head in (b"{", b"[") or path.suffix == ".json":
-        document = tokenizer_json.parse(data, str(path))
+        document = hf_json.parse(data, str(path))
         if isinstance(document, dict) and document.get("type") == "sentencepiece":
             name = document.get("model_file")
             if not isinstance(name, str) or Path(name).name != name:
@@ -76,10 +76,10 @@ def load(
             return read(path.with_name(name)), path.with_name(name)
         if isinstance(document, dict) and "model" not in document and _is_vocab(document):
             return _load_gpt2(path, document, pattern, special_tokens), path
-        return tokenizer_json.loads(document, str(path), pattern), path
+        return hf_json.loads(document, str(path), pattern), path
     if data.startswith(b"#version") or path.name == "merges.txt":
         vocab = path.with_name("vocab.json")
-        document = tokenizer_json.parse(read(vocab), str(vocab))
+        document = hf_json.parse(read(vocab), str(vocab))
         return _load_gpt2(vocab, document, pattern, special_tokens, path), vocab
     if _is_tiktoken(data) or path.suffix == ".tiktoken":
         return _load_tiktoken(path, data, pattern, special_tokens), path
@@ -95,7 +95,7 @@ def save(vocabulary: Vocabulary, path: Path) -> None:
         write(path.with_name("vocab.json"), vocab)
         write(path.with_name("merges.txt"), merges)
     else:
-        write(path, tokenizer_json.dumps(vocabulary).encode())
+        write(path, hf_json.dumps(vocabulary).encode())
 
 
 def _in_directory(path: Path) -> Path:
@@ -217,15 +217,11 @@ def _load_gpt2(
     if not lines[0].startswith("#version"):
         raise DataError(f"{merges}: line 1: expected #version and then the merges")
     specials = None if special_tokens is None else dict(special_tokens)
-    return tokenizer_json.loads_gpt2(
-        vocab, str(path), lines[1:], str(merges), pattern or "gpt2", specials
-    )
+    return hf_json.loads_gpt2(vocab, str(path), lines[1:], str(merges), pattern or "gpt2", specials)
 
 
 def _gpt2_files(vocabulary: Vocabulary) -> tuple[bytes, bytes]:
-    names = [
-        None if token is None else tokenizer_json.token_name(token) for token in vocabulary.tokens
-    ]
+    names = [None if token is None else hf_json.token_name(token) for token in vocabulary.tokens]
     made = {i for _, _, i in vocabulary.merges}
     if any(token and len(token) > 1 and i not in made for i, token in enumerate(vocabulary.tokens)):
         raise ValueError(

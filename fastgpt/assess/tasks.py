@@ -26,9 +26,9 @@ import numpy as np
 import torch
 
 from fastgpt.chat import render, render_prompt
-from fastgpt.data import IGNORE_INDEX
+from fastgpt.data.batches import IGNORE_INDEX
+from fastgpt.data.examples import Record, read_records
 from fastgpt.errors import DataError
-from fastgpt.examples import Record, read_records
 from fastgpt.generate import SamplingConfig, continuation, generate
 from fastgpt.model import GPT
 from fastgpt.tokenizer import Tokenizer

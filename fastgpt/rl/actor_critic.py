@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastgpt import rl
 from fastgpt.distributed import World
 from fastgpt.loss import next_token_loss
 from fastgpt.model import GPT
-from fastgpt.reward_model import RewardModel
-from fastgpt.rollout import token_log_probs
+from fastgpt.preference.reward_model import RewardModel
+from fastgpt.rl import formulas
+from fastgpt.rl.rollout import token_log_probs
 
 
 class ActorCritic(nn.Module):
@@ -108,19 +108,19 @@ def summed_loss(
         weights.temperature,
     )
     old_N = batch["old_log_probs_N"]
-    policy_N = rl.policy_loss(log_probs_N, old_N, batch["advantages_N"], clip=weights.clip)
+    policy_N = formulas.policy_loss(log_probs_N, old_N, batch["advantages_N"], clip=weights.clip)
     loss_N = policy_N
     if weights.entropy_coef:  # its gradient costs a pass over all logits
         loss_N = loss_N - weights.entropy_coef * entropy_N
     kl_N = torch.zeros_like(policy_N)
     if "kl_loss_coef" in batch:
-        kl_N = rl.kl_estimate(log_probs_N, batch["ref_log_probs_N"], weights.kl_loss)
+        kl_N = formulas.kl_estimate(log_probs_N, batch["ref_log_probs_N"], weights.kl_loss)
         loss_N = loss_N + batch["kl_loss_coef"] * kl_N
     loss = batch["policy_weight"] * loss_N.sum()
     value_N = torch.zeros_like(policy_N)
     if model.value is not None:
         values_N = model.token_values(batch["tokens_BT"], batch["places_N"])
-        value_N = rl.value_loss(
+        value_N = formulas.value_loss(
             values_N, batch["old_values_N"], batch["returns_N"], clip=weights.value_clip
         )
         loss = loss + weights.vf_coef * value_N.sum()
@@ -128,10 +128,10 @@ def summed_loss(
         text = {"inputs_BT": batch["inputs_BT"], "targets_BT": batch["ptx_targets_BT"]}
         ptx = next_token_loss(model.policy, text)
         loss = loss + batch["policy_weight"] * batch["ptx_scale"] * ptx
-    ratio_N = rl.probability_ratio(log_probs_N, old_N)
+    ratio_N = formulas.probability_ratio(log_probs_N, old_N)
     terms = {
         "ratio": ratio_N,
-        "approx_kl": rl.kl_estimate(old_N, log_probs_N, "k3"),
+        "approx_kl": formulas.kl_estimate(old_N, log_probs_N, "k3"),
         "clip_fraction": ((ratio_N - 1.0).abs() > weights.clip).float(),
         "policy_loss": policy_N,
         "value_loss": value_N,

@@ -6,7 +6,7 @@ each answer K - 1 times, and a model overfits on that (InstructGPT, arXiv:2203.0
 
 Rows of a fixed length hold answers back to back, each seeing only itself; a micro-batch has as many
 rows as its answers fill, for a compiled block takes any number of them. Comparison g of a run is
-number ``permute(g % n, n, (seed, g // n))``, as in `fastgpt.data`.
+number ``permute(g % n, n, (seed, g // n))``, as in `fastgpt.data.batches`.
 
 Shape suffixes: B rows, T positions, R answers, P pairs, N tokens to predict.
 """
@@ -27,13 +27,13 @@ from torch import Tensor
 
 from fastgpt.chat import end_id, render_prompt
 from fastgpt.config import TrainConfig
-from fastgpt.data import IGNORE_INDEX
+from fastgpt.data.batches import IGNORE_INDEX
+from fastgpt.data.examples import embedded
+from fastgpt.data.order import mix64, permute
+from fastgpt.data.packing import TARGET_GROUP, pack
+from fastgpt.data.rankings import Ranking, read_rankings, untied
 from fastgpt.distributed import World
 from fastgpt.errors import DataError, UsageError
-from fastgpt.examples import embedded
-from fastgpt.order import mix64, permute
-from fastgpt.packing import TARGET_GROUP, pack
-from fastgpt.rankings import Ranking, read_rankings, untied
 from fastgpt.tokenizer import Tokenizer
 
 _CHUNK = 256  # comparisons that are packed together when all are gone through

@@ -8,7 +8,7 @@
 
 The prompt may also be a list of messages that ends with the user, or stand under ``messages``.
 ``chosen`` and ``rejected`` may be lists of messages as well, which say the same up to their last
-one. Files as in `fastgpt.examples`.
+one. Files as in `fastgpt.data.examples`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgpt.data.examples import Message, Record, read_messages, read_records
 from fastgpt.errors import DataError
-from fastgpt.examples import Message, Record, read_messages, read_records
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastgpt import rl
-from fastgpt.actor_critic import ActorCritic, LossWeights, UpdateStats, summed_loss
-from fastgpt.data import PackedDataset
+from fastgpt.data.batches import PackedDataset
+from fastgpt.data.order import mix64, permute
 from fastgpt.distributed import World
 from fastgpt.errors import DataError
 from fastgpt.model import GPT
-from fastgpt.order import mix64, permute
-from fastgpt.rl_config import RLConfig
-from fastgpt.rollout import Rows, gather_rows, sample_responses, score_rows, token_log_probs
+from fastgpt.rl import formulas
+from fastgpt.rl.actor_critic import ActorCritic, LossWeights, UpdateStats, summed_loss
+from fastgpt.rl.config import RLConfig
+from fastgpt.rl.rollout import Rows, gather_rows, sample_responses, score_rows, token_log_probs
 from fastgpt_kernels import gae
 
 Scorer = Callable[[Rows, Sequence[int]], Tensor]
@@ -158,7 +158,7 @@ class Experience:
         )
         scores_B = self._scores(rows, numbers)
         ended_B = rows.ended_B(problem.end_id)
-        used_B = rl.response_scores(
+        used_B = formulas.response_scores(
             scores_B,
             ended_B,
             missing_end_penalty=config.missing_end_penalty,
@@ -172,12 +172,12 @@ class Experience:
             "kl_coef": self.kl_coef
         }
         if "returns" in columns:
-            self.values["explained_variance"] = rl.explained_variance(
+            self.values["explained_variance"] = formulas.explained_variance(
                 columns["old_values"], columns["returns"], rows.mask_BR
             )
         rollout = Rollout(rows, columns, self.kl_coef)
         if config.kl_controller == "adaptive":
-            self.kl_coef = rl.adapted_kl_coef(
+            self.kl_coef = formulas.adapted_kl_coef(
                 self.kl_coef,
                 self.values["kl"],
                 target=config.kl_target,
@@ -193,15 +193,15 @@ class Experience:
         config, mask_BR = self.config, rows.mask_BR
         if config.in_groups:
             if config.algorithm == "grpo":
-                advantages_B = rl.group_advantages(scores_B, config.per_prompt)
+                advantages_B = formulas.group_advantages(scores_B, config.per_prompt)
             else:
                 penalised_B = scores_B - self.kl_coef * kl_B
-                advantages_B = rl.leave_one_out_advantages(penalised_B, config.per_prompt)
+                advantages_B = formulas.leave_one_out_advantages(penalised_B, config.per_prompt)
             return {"advantages": torch.where(mask_BR, advantages_B[:, None], 0.0)}
         log_probs_BR, ref_BR = columns["old_log_probs"], columns["ref_log_probs"]
-        rewards_BR = rl.token_rewards(scores_B, log_probs_BR, ref_BR, mask_BR, self.kl_coef)
+        rewards_BR = formulas.token_rewards(scores_B, log_probs_BR, ref_BR, mask_BR, self.kl_coef)
         if config.whiten_rewards:
-            rewards_BR = rl.masked_whiten(rewards_BR, mask_BR, shift_mean=False)
+            rewards_BR = formulas.masked_whiten(rewards_BR, mask_BR, shift_mean=False)
         found: dict[str, Tensor] = {}
         if self.problem.model.value is not None:
             found["old_values"] = self._by_token(self.problem.model.token_values, rows)
@@ -213,7 +213,7 @@ class Experience:
             rewards_BR, found["old_values"], mask_BR, gamma=config.gamma, gae_lambda=gae_lambda
         )
         if config.whiten_advantages:
-            found["advantages"] = rl.masked_whiten(found["advantages"], mask_BR)
+            found["advantages"] = formulas.masked_whiten(found["advantages"], mask_BR)
         if self.problem.model.value is None:
             del found["old_values"], found["returns"]
         return found
@@ -368,7 +368,7 @@ def _rollout_metrics(
         "kl": float(kl_B.mean()),
         "length": float(lengths.double().mean()),
         "eos_rate": float(ended_B.double().mean()),
-        "distinct_2": rl.distinct_n(responses, 2),
+        "distinct_2": formulas.distinct_n(responses, 2),
     }
 
 

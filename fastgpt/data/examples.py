@@ -90,7 +90,7 @@ def embedded(name: str) -> Path:
 
     Raises DataError if the installation lacks it.
     """
-    path = Path(__file__).parent / "assets" / f"{name}.jsonl.xz"
+    path = Path(__file__).parents[1] / "assets" / f"{name}.jsonl.xz"
     if not path.is_file():
         raise DataError(f"{path}: the packaged data is missing; reinstall fastgpt-trainer")
     return path

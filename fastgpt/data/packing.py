@@ -3,8 +3,8 @@
 Best-fit decreasing puts whole examples into rows of ``seq_len`` (Ding et al. 2024,
 arXiv:2404.10830, pack pretraining documents this way). Each epoch shuffles the examples anew, packs
 them and shuffles the rows. How many rows there are depends on the lengths alone, so row g of a run
-is row g mod n of epoch g div n: a pure function of (seed, g) as in `fastgpt.data`, and every
-example is used exactly once an epoch.
+is row g mod n of epoch g div n: a pure function of (seed, g) as in `fastgpt.data.batches`, and
+every example is used exactly once an epoch.
 
 Shape suffixes: B rows, T positions, N targets.
 """
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgpt.data import IGNORE_INDEX
-from fastgpt.order import mix64, permute
+from fastgpt.data.batches import IGNORE_INDEX
+from fastgpt.data.order import mix64, permute
 
 if TYPE_CHECKING:
     import torch

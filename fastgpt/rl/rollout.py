@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgpt import rl
 from fastgpt.decoder import Decoder, draw
 from fastgpt.distributed import World
 from fastgpt.errors import UsageError
 from fastgpt.model import GPT
+from fastgpt.rl import formulas
 from fastgpt_kernels import linear_log_probs
 
 SAMPLE_BATCH = 128
@@ -83,7 +83,7 @@ def sample_responses(
                 decoder.keep(going)
                 rows, tokens_B, going_B = rows[going.cpu()], tokens_B[going], going_B[going]
             logits_BV = decoder.step(tokens_B)
-    ids_BR[~rl.response_mask(ids_BR, end_id)] = pad_id
+    ids_BR[~formulas.response_mask(ids_BR, end_id)] = pad_id
     return ids_BR
 
 
@@ -111,7 +111,7 @@ class Rows:
         context: int,
     ) -> Rows:
         """Rows on the CPU from prompts and what `sample_responses` returned for them."""
-        mask_BR = rl.response_mask(ids_BR, end_id)
+        mask_BR = formulas.response_mask(ids_BR, end_id)
         lengths = mask_BR.sum(1).tolist()
         longest = max(len(p) + n for p, n in zip(prompts, lengths, strict=True))
         width = min(-(-longest // ROW_MULTIPLE) * ROW_MULTIPLE, max(context, longest))
@@ -149,7 +149,7 @@ class Rows:
 
     def ended_B(self, end_id: int) -> Tensor:
         """Bool (B): whether the response has an end."""
-        last = rl.last_places(self.mask_BR)
+        last = formulas.last_places(self.mask_BR)
         return self.ids_BR[torch.arange(len(last)), last] == end_id
 
 

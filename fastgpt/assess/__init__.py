@@ -1,0 +1,1 @@
+"""Tasks, judges and ratings that compare models."""

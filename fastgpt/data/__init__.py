@@ -1,0 +1,1 @@
+"""Text, chats and rankings on their way to batches."""

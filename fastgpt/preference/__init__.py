@@ -1,0 +1,1 @@
+"""Ranked answers: batches, the reward model, how well scores tell them apart."""

@@ -1,0 +1,1 @@
+"""Rollouts and the formulas of reinforcement learning."""
