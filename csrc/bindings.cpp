@@ -1,4 +1,4 @@
-// Python bindings of the BPE core: the only file that knows of Python.
+// Python bindings of the BPE core; what lists and arrays are made of is in python_ids.h.
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -11,8 +11,10 @@
 #include <stdexcept>
 
 #include "encoder.h"
+#include "id_array.h"
 #include "parallel.h"
 #include "piece_finder.h"
+#include "python_ids.h"
 #include "rank_merges.h"
 #include "span_encoder.h"
 #include "trainer.h"
@@ -55,27 +57,40 @@ std::string_view text_view(py::handle text) {
 
 using Places = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
 
-// A numpy array over the memory of the buffer; narrow ones are packed to uint16 in place.
-py::array to_numpy(TokenBuffer& buffer, bool narrow) {
-  const std::size_t size = buffer.size();
-  if (size == 0) {
-    return narrow ? py::array(py::dtype::of<std::uint16_t>(), 0)
-                  : py::array(py::dtype::of<std::uint32_t>(), 0);
+// Encodes texts by several threads. The ids of a thread lie one behind the other, in memory that is
+// used again, so that each id is written to fresh memory once only: in what Python gets.
+class Batch {
+ public:
+  Batch(const Encoder& encoder, std::vector<Encoder::State> states, bool narrow)
+      : encoder_(encoder), states_(std::move(states)) {
+    for (std::size_t i = 0; i < states_.size(); ++i) arrays_.emplace_back(narrow);
   }
-  if (!narrow) {
-    std::uint32_t* const data = buffer.release(size * sizeof(std::uint32_t));
-    const py::capsule owner(data, [](void* memory) { std::free(memory); });
-    return py::array_t<std::uint32_t>(static_cast<py::ssize_t>(size), data, owner);
+
+  void encode(const std::string_view* texts, std::size_t count) {
+    const py::gil_scoped_release release;
+    for (IdArray& array : arrays_) array.clear();
+    parts_.resize(count);
+    parallel_for(count, static_cast<int>(states_.size()), [&](std::size_t i, int thread) {
+      IdArray& array = arrays_[static_cast<std::size_t>(thread)];
+      parts_[i] = {&array, array.size(), 0};
+      encoder_.encode(texts[i], *states_[static_cast<std::size_t>(thread)], array);
+      parts_[i].count = array.size() - parts_[i].begin;
+    });
   }
-  auto* const bytes = reinterpret_cast<unsigned char*>(buffer.data());
-  for (std::size_t i = 0; i < size; ++i) {
-    const auto id = static_cast<std::uint16_t>(buffer.data()[i]);
-    std::memcpy(bytes + 2 * i, &id, sizeof id);
-  }
-  void* const data = buffer.release(size * sizeof(std::uint16_t));
-  const py::capsule owner(data, [](void* memory) { std::free(memory); });
-  return py::array(py::dtype::of<std::uint16_t>(), {size}, {sizeof(std::uint16_t)}, data, owner);
-}
+
+  struct Part {
+    const IdArray* array;
+    std::size_t begin;
+    std::size_t count;
+  };
+  const std::vector<Part>& parts() const { return parts_; }
+
+ private:
+  const Encoder& encoder_;
+  std::vector<Encoder::State> states_;
+  std::vector<IdArray> arrays_;
+  std::vector<Part> parts_;
+};
 
 class PyEncoder {
  public:
@@ -86,48 +101,63 @@ class PyEncoder {
         narrow_(encoder_.vocab_size() <= 65536) {}
 
   py::list encode(py::handle text, const std::vector<std::size_t>& allowed) {
-    const TokenBuffer ids = run(text_view(text), allowed);
-    py::list out(static_cast<py::ssize_t>(ids.size()));
-    for (std::size_t i = 0; i < ids.size(); ++i) {
-      PyList_SET_ITEM(out.ptr(), static_cast<Py_ssize_t>(i), integer(ids.data()[i]));
+    const Encoder::State state = encoder_.acquire();
+    const TokenBuffer& ids = run(text_view(text), allowed, *state);
+    if (!integers_) integers_ = std::make_unique<IntegerTable>(encoder_.vocab_size());
+    return integers_->list(ids.data(), ids.size());
+  }
+
+  py::array encode_to_numpy(py::handle text, const std::vector<std::size_t>& allowed) {
+    const Encoder::State state = encoder_.acquire();
+    const std::string_view view = text_view(text);
+    if (!allowed.empty() || view.size() <= Encoder::kPart) {
+      const TokenBuffer& ids = run(view, allowed, *state);
+      return to_array(narrow_, ids.data(), ids.size());
+    }
+    IdArray ids(narrow_);
+    {
+      const py::gil_scoped_release release;
+      encoder_.encode(view, *state, ids);
+    }
+    return to_array(ids);
+  }
+
+  py::array encode_parallel(py::handle text, int threads) {
+    const std::vector<std::string_view> views = Encoder::parts(text_view(text));
+    Batch batch(encoder_, acquire(threads, views.size()), narrow_);
+    batch.encode(views.data(), views.size());
+    std::size_t total = 0;
+    for (const Batch::Part& part : batch.parts()) total += part.count;
+    py::array out(id_dtype(narrow_), total);
+    auto* place = static_cast<char*>(out.mutable_data());
+    const py::gil_scoped_release release;
+    for (const auto& [array, begin, count] : batch.parts()) {
+      std::memcpy(place, array->at(begin), count * array->id_bytes());
+      place += count * array->id_bytes();
     }
     return out;
   }
 
-  py::array encode_to_numpy(py::handle text, const std::vector<std::size_t>& allowed) {
-    TokenBuffer ids = run(text_view(text), allowed);
-    return to_numpy(ids, narrow_);
-  }
-
-  py::array encode_parallel(py::handle text, int threads) {
-    const std::string_view view = text_view(text);
-    const std::vector<Encoder::State> states = acquire(threads, (view.size() >> 18) + 1);
-    TokenBuffer ids;
-    {
-      const py::gil_scoped_release release;
-      encoder_.encode_parallel(view, states, ids);
-    }
-    return to_numpy(ids, narrow_);
-  }
-
   py::list encode_batch(const py::sequence& texts, int threads) {
+    constexpr std::size_t kBytes = std::size_t{1} << 20;  // for a thread at a time
     // A fast sequence keeps every text alive whatever happens to the caller's list meanwhile.
     const py::tuple held(texts);
     std::vector<std::string_view> views;
     views.reserve(held.size());
     for (const py::handle text : held) views.push_back(text_view(text));
-    const std::vector<Encoder::State> states = acquire(threads, views.size());
-    std::vector<TokenBuffer> results(views.size());
-    {
-      const py::gil_scoped_release release;
-      parallel_for(views.size(), static_cast<int>(states.size()), [&](std::size_t i, int thread) {
-        results[i].reserve(likely_size(views[i]));
-        encoder_.encode(views[i], *states[static_cast<std::size_t>(thread)], results[i]);
-      });
-    }
-    py::list out(results.size());
-    for (std::size_t i = 0; i < results.size(); ++i) {
-      out[i] = to_numpy(results[i], narrow_);
+    std::vector<Encoder::State> states = acquire(threads, views.size());
+    const std::size_t most = states.size() * kBytes;
+    Batch batch(encoder_, std::move(states), narrow_);
+    py::list out(views.size());
+    for (std::size_t begin = 0; begin < views.size();) {
+      std::size_t end = begin;
+      for (std::size_t bytes = 0; end < views.size() && bytes < most; ++end) {
+        bytes += views[end].size();
+      }
+      batch.encode(&views[begin], end - begin);
+      for (const auto& [array, first, count] : batch.parts()) {
+        out[begin++] = to_array(*array, first, count);
+      }
     }
     return out;
   }
@@ -147,7 +177,7 @@ class PyEncoder {
       Dropout draws(dropout, seed);
       spans_->encode(view, data, size, draws, ids);
     }
-    return to_numpy(ids, narrow_);
+    return to_array(narrow_, ids.data(), ids.size());
   }
 
   py::bytes decode(py::handle ids) const {
@@ -186,17 +216,15 @@ class PyEncoder {
     return states;
   }
 
-  // Ids that most texts do not have more of; what is left of the memory goes back.
-  static std::size_t likely_size(std::string_view text) { return text.size() / 3 + 16; }
-
-  TokenBuffer run(std::string_view text, const std::vector<std::size_t>& allowed) const {
-    // The state is taken and given back under the GIL, so that no fork can meet a locked pool.
-    const Encoder::State state = encoder_.acquire();
-    TokenBuffer ids;
-    ids.reserve(likely_size(text));
+  // Encodes into the work space of the state. A state is taken and given back under the GIL, so
+  // that no fork can meet a locked pool.
+  const TokenBuffer& run(std::string_view text, const std::vector<std::size_t>& allowed,
+                         EncodeState& state) const {
+    TokenBuffer& ids = state.ids;
+    ids.clear();
     const auto encode = [&] {
-      if (allowed.empty()) return encoder_.encode(text, *state, ids);
-      encoder_.encode_with_specials(text, allowed, *state, ids);
+      if (allowed.empty()) return encoder_.encode(text, state, ids);
+      encoder_.encode_with_specials(text, allowed, state, ids);
     };
     constexpr std::size_t kWorthARelease = 1024;
     if (text.size() < kWorthARelease) {
@@ -206,14 +234,6 @@ class PyEncoder {
       encode();
     }
     return ids;
-  }
-
-  // A new reference to the integer; each is made once, which halves the cost of a list.
-  PyObject* integer(std::uint32_t id) {
-    if (integers_.empty()) integers_.resize(encoder_.vocab_size());
-    py::object& value = integers_[id];
-    if (!value) value = py::int_(id);
-    return value.inc_ref().ptr();
   }
 
   static std::vector<std::int64_t> integers(py::handle ids) {
@@ -279,7 +299,7 @@ class PyEncoder {
   Encoder encoder_;
   std::unique_ptr<SpanEncoder> spans_;
   bool narrow_;
-  std::vector<py::object> integers_;
+  std::unique_ptr<IntegerTable> integers_;
 };
 
 // A method that Python calls without the argument parsing of pybind11, which takes longer than the

@@ -14,15 +14,16 @@ namespace {
 constexpr std::uint32_t kNone = MergeTable::kNone;
 constexpr std::uint32_t kEnd = 0xFFFFFFFF;  // no neighbour
 constexpr std::size_t kCopied = 16;         // bytes that decode() copies for most tokens
-// A state keeps the work space of pieces up to this many bytes; larger ones are given back.
+// A state keeps the work space of pieces up to this many bytes, and of texts up to this many ids;
+// larger ones are given back.
 constexpr std::size_t kKeepNodes = std::size_t{1} << 20;
+constexpr std::size_t kKeepIds = std::size_t{1} << 20;
 
 // The end of a part of text from `begin` on: between a letter and a blank, where every pattern cuts
 // whatever stands around them.
 std::size_t part_end(std::string_view text, std::size_t begin) {
-  constexpr std::size_t kPart = std::size_t{1} << 18;
-  if (text.size() - begin < 2 * kPart) return text.size();
-  for (std::size_t at = begin + kPart; at < text.size(); ++at) {
+  if (text.size() - begin < 2 * Encoder::kPart) return text.size();
+  for (std::size_t at = begin + Encoder::kPart; at < text.size(); ++at) {
     const char blank = text[at];
     const char letter = static_cast<char>(text[at - 1] | 0x20);
     if ((blank == ' ' || blank == '\n') && letter >= 'a' && letter <= 'z') return at;
@@ -46,8 +47,6 @@ void check_limits(const Vocabulary& vocabulary) {
 }
 
 }  // namespace
-
-EncodeState::EncodeState() : short_pieces(17), long_pieces(15) {}
 
 Encoder::Encoder(Vocabulary vocabulary)
     : vocabulary_((check_limits(vocabulary), std::move(vocabulary))), merges_(vocabulary_.merges) {
@@ -131,89 +130,97 @@ Encoder::State Encoder::acquire() const {
 
 void Encoder::Release::operator()(EncodeState* state) const {
   std::unique_ptr<EncodeState> owned(state);
+  if (state->ids.capacity() > kKeepIds) TokenBuffer().swap(state->ids);
   const std::lock_guard<std::mutex> lock(owner->pool_mutex_);
   owner->pool_.push_back(std::move(owned));
 }
 
-// In two steps over some pieces at a time, so that the places in the caches are on their way from
+// In two steps over some pieces at a time, so that the places in the cache are on their way from
 // memory while the keys of the next pieces are being made.
 void Encoder::encode(std::string_view text, EncodeState& state, TokenBuffer& out) const {
-  using ShortCache = EncodeState::ShortCache;
-  using LongCache = EncodeState::LongCache;
-  struct Piece {
-    const std::uint8_t* begin;
-    std::size_t length;
-    std::size_t place;
-    union {
-      ShortCache::Key short_key;
-      LongCache::Key long_key;
-    };
+  struct Place {
+    ShortCache::Key key;
+    std::uint32_t place;
   };
   const PieceFinder find = piece_finder(vocabulary_.pattern);
+  ShortCache& cache = state.short_pieces;
   const std::uint8_t* ends[kMaxFound];
-  Piece batch[kMaxFound];
+  Place places[kMaxFound];
   const auto* p = reinterpret_cast<const std::uint8_t*>(text.data());
   const auto* const end = p + text.size();
   while (p < end) {
     const std::size_t count = find(p, end, ends);
+    cache.make_room(count);
+    const std::uint8_t* begin = p;
     for (std::size_t i = 0; i < count; ++i) {
-      Piece& piece = batch[i];
-      piece.begin = p;
-      piece.length = static_cast<std::size_t>(ends[i] - p);
-      if (piece.length <= ShortCache::kMaxLength) {
-        piece.short_key = ShortCache::make_key(p, piece.length, end);
-        piece.place = state.short_pieces.locate(piece.short_key);
-      } else if (piece.length <= LongCache::kMaxLength) {
-        piece.long_key = LongCache::make_key(p, piece.length, end);
-        piece.place = state.long_pieces.locate(piece.long_key);
+      const auto length = static_cast<std::size_t>(ends[i] - begin);
+      places[i].key = ShortCache::make_key(begin, length, end);
+      places[i].place = cache.locate(places[i].key);
+      if (length > ShortCache::kMaxLength && length <= LongCache::kMaxLength) {
+        const std::uint32_t hash = LongCache::hash(begin, length, end);
+        places[i].key.low = hash;  // no entry of the short cache has the other half of the key
+        state.long_pieces.prefetch(hash);
+      }
+      begin = ends[i];
+    }
+    std::uint32_t* ids = out.room(count * ShortCache::kMaxIds);
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::size_t found = cache.find(places[i].key, places[i].place, ids);
+      ids += found;
+      if (found == 0) {
+        out.advance_to(ids);
+        encode_rare(p, static_cast<std::size_t>(ends[i] - p), places[i].key, places[i].place, state,
+                    out);
+        ids = out.room((count - i) * ShortCache::kMaxIds);
       }
       p = ends[i];
     }
-    for (std::size_t i = 0; i < count; ++i) {
-      const Piece& piece = batch[i];
-      if (piece.length <= ShortCache::kMaxLength) {
-        encode_short(piece.begin, piece.length, end, piece.short_key, piece.place, state, out);
-      } else if (piece.length <= LongCache::kMaxLength) {
-        encode_long(piece.begin, piece.length, piece.long_key, piece.place, state, out);
-      } else {
-        merge_piece(piece.begin, piece.length, state, out);
-      }
+    out.advance_to(ids);
+  }
+}
+
+// A piece that is not short, or has many ids, or is new.
+void Encoder::encode_rare(const std::uint8_t* p, std::size_t length, const ShortCache::Key& key,
+                          std::uint32_t place, EncodeState& state, TokenBuffer& out) const {
+  if (length > ShortCache::kMaxLength) {
+    return encode_long(p, length, static_cast<std::uint32_t>(key.low), state, out);
+  }
+  ShortCache::Entry* entry = state.short_pieces.look_around(key, place);
+  if (entry) {
+    std::size_t count = entry->count();
+    const std::uint32_t* ids = entry->ids;
+    if (count == ShortCache::kElsewhere) {
+      const LongCache::Ids found = state.long_pieces.at({entry->ids[0], entry->ids[1]});
+      ids = found.data;
+      count = found.count;
     }
-  }
-}
-
-inline void Encoder::encode_short(const std::uint8_t* p, std::size_t length,
-                                  const std::uint8_t* end, const EncodeState::ShortCache::Key& key,
-                                  std::size_t place, EncodeState& state, TokenBuffer& out) const {
-  using LongCache = EncodeState::LongCache;
-  const int found = state.short_pieces.find(key, place, out.room(4));
-  if (found == EncodeState::ShortCache::kElsewhere) {
-    const LongCache::Key long_key = LongCache::make_key(p, length, end);
-    encode_long(p, length, long_key, state.long_pieces.locate(long_key), state, out);
-  } else if (found) {
-    out.advance(static_cast<std::size_t>(found));
-  } else {
-    const std::size_t before = out.size();
-    merge_piece(p, length, state, out);
-    const std::uint32_t* const ids = out.data() + before;
-    const std::size_t count = out.size() - before;
-    if (state.short_pieces.insert(key, place, ids, count)) return;
-    state.short_pieces.insert_elsewhere(key, place);
-    const LongCache::Key long_key = LongCache::make_key(p, length, end);
-    state.long_pieces.insert(long_key, state.long_pieces.locate(long_key), ids, count);
-  }
-}
-
-inline void Encoder::encode_long(const std::uint8_t* p, std::size_t length,
-                                 const EncodeState::LongCache::Key& key, std::size_t place,
-                                 EncodeState& state, TokenBuffer& out) const {
-  if (const int found = state.long_pieces.find(key, place, out.room(24))) {
-    out.advance(static_cast<std::size_t>(found));
-    return;
+    if (ids) return out.append(ids, count);
   }
   const std::size_t before = out.size();
   merge_piece(p, length, state, out);
-  state.long_pieces.insert(key, place, out.data() + before, out.size() - before);
+  const std::uint32_t* const ids = out.data() + before;
+  const std::size_t count = out.size() - before;
+  const bool few = count <= ShortCache::kMaxIds;
+  if (!entry) {
+    entry = &state.short_pieces.insert(key, place, few ? count : ShortCache::kElsewhere);
+  }
+  if (few) {
+    std::memcpy(entry->ids, ids, count * sizeof *ids);
+  } else {
+    const LongCache::Place kept = state.long_pieces.insert(ids, count);
+    entry->ids[0] = kept.word;
+    entry->ids[1] = kept.generation;
+  }
+}
+
+void Encoder::encode_long(const std::uint8_t* p, std::size_t length, std::uint32_t hash,
+                          EncodeState& state, TokenBuffer& out) const {
+  if (length > LongCache::kMaxLength) return merge_piece(p, length, state, out);
+  const LongCache::Ids found = state.long_pieces.find(p, length, hash);
+  if (found.data) return out.append(found.data, found.count);
+  const std::size_t before = out.size();
+  merge_piece(p, length, state, out);
+  state.long_pieces.insert(p, length, hash, out.data() + before, out.size() - before);
 }
 
 void Encoder::merge_piece(const std::uint8_t* p, std::size_t length, EncodeState& state,
@@ -312,23 +319,24 @@ void Encoder::merge_long(const std::uint8_t* p, std::size_t length, EncodeState&
   if (heap.capacity() > kKeepNodes) std::vector<std::uint64_t>().swap(heap);
 }
 
-void Encoder::encode_parallel(std::string_view text, const std::vector<State>& states,
-                              TokenBuffer& out) const {
+std::vector<std::string_view> Encoder::parts(std::string_view text) {
   std::vector<std::string_view> parts;
   for (std::size_t begin = 0; begin < text.size();) {
     const std::size_t end = part_end(text, begin);
     parts.push_back(text.substr(begin, end - begin));
     begin = end;
   }
-  std::vector<TokenBuffer> ids(parts.size());
-  parallel_for(parts.size(), static_cast<int>(states.size()), [&](std::size_t i, int thread) {
-    encode(parts[i], *states[static_cast<std::size_t>(thread)], ids[i]);
-  });
-  std::size_t total = 0;
-  for (const TokenBuffer& part : ids) total += part.size();
-  std::uint32_t* place = out.room(total);
-  for (const TokenBuffer& part : ids) place = std::copy_n(part.data(), part.size(), place);
-  out.advance(total);
+  return parts;
+}
+
+void Encoder::encode(std::string_view text, EncodeState& state, IdArray& out) const {
+  for (std::size_t begin = 0; begin < text.size();) {
+    const std::size_t end = part_end(text, begin);
+    state.ids.clear();
+    encode(text.substr(begin, end - begin), state, state.ids);
+    out.append(state.ids.data(), state.ids.size());
+    begin = end;
+  }
 }
 
 void Encoder::encode_with_specials(std::string_view text, const std::vector<std::size_t>& allowed,

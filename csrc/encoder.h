@@ -11,10 +11,12 @@
 #include <utility>
 #include <vector>
 
+#include "id_array.h"
+#include "long_cache.h"
 #include "longest_first.h"
 #include "merge_table.h"
-#include "piece_cache.h"
 #include "pretokenizer.h"
+#include "short_cache.h"
 #include "token_buffer.h"
 
 namespace fastgpt {
@@ -31,12 +33,9 @@ struct Vocabulary {
 
 // What one thread needs while it encodes.
 struct EncodeState {
-  EncodeState();
-
-  using ShortCache = PieceCache<2, 4>;
-  using LongCache = PieceCache<4, 24>;  // and short pieces of many ids
   ShortCache short_pieces;
   LongCache long_pieces;
+  TokenBuffer ids;  // for callers
   struct Node {
     std::uint32_t id;
     std::uint32_t prev;
@@ -65,9 +64,12 @@ class Encoder {
   // Appends the ids of text, in which no special token is looked for.
   void encode(std::string_view text, EncodeState& state, TokenBuffer& out) const;
 
-  // The same by one thread for each of the states; a long text is cut where every pattern does.
-  void encode_parallel(std::string_view text, const std::vector<State>& states,
-                       TokenBuffer& out) const;
+  // The same with little work space, a part of the text after the other.
+  void encode(std::string_view text, EncodeState& state, IdArray& out) const;
+
+  // The text in parts that may be encoded apart: cut where every pattern does, if it is anywhere.
+  static constexpr std::size_t kPart = std::size_t{1} << 16;  // bytes of most parts
+  static std::vector<std::string_view> parts(std::string_view text);
 
   // As encode(), but the strings of these special tokens (places in Vocabulary::specials) become
   // their ids. The leftmost one wins, of those that start together the longest.
@@ -87,12 +89,10 @@ class Encoder {
  private:
   static constexpr std::size_t kShortMerge = 32;
 
-  void encode_short(const std::uint8_t* p, std::size_t length, const std::uint8_t* end,
-                    const EncodeState::ShortCache::Key& key, std::size_t place, EncodeState& state,
-                    TokenBuffer& out) const;
-  void encode_long(const std::uint8_t* p, std::size_t length,
-                   const EncodeState::LongCache::Key& key, std::size_t place, EncodeState& state,
-                   TokenBuffer& out) const;
+  void encode_rare(const std::uint8_t* p, std::size_t length, const ShortCache::Key& key,
+                   std::uint32_t place, EncodeState& state, TokenBuffer& out) const;
+  void encode_long(const std::uint8_t* p, std::size_t length, std::uint32_t hash,
+                   EncodeState& state, TokenBuffer& out) const;
   void merge_piece(const std::uint8_t* p, std::size_t length, EncodeState& state,
                    TokenBuffer& out) const;
   bool prefers_longest_first(const std::uint8_t* p, std::size_t length) const;

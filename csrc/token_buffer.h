@@ -1,9 +1,12 @@
-// Growing array of ids that is not cleared when it grows and can be handed to numpy uncopied.
+// Growing array of ids whose new memory is not cleared.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
+#include <utility>
 
 namespace fastgpt {
 
@@ -12,49 +15,40 @@ class TokenBuffer {
   TokenBuffer() = default;
   TokenBuffer(const TokenBuffer&) = delete;
   TokenBuffer& operator=(const TokenBuffer&) = delete;
-  TokenBuffer(TokenBuffer&& other) noexcept
-      : data_(other.data_), size_(other.size_), capacity_(other.capacity_) {
-    other.data_ = nullptr;
-    other.size_ = other.capacity_ = 0;
-  }
   ~TokenBuffer() { std::free(data_); }
 
   const std::uint32_t* data() const { return data_; }
   std::uint32_t* data() { return data_; }
   std::size_t size() const { return size_; }
+  std::size_t capacity() const { return capacity_; }
+  void clear() { size_ = 0; }
+  void swap(TokenBuffer& other) {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    std::swap(capacity_, other.capacity_);
+  }
 
   // Room for `extra` more ids; fill it and call advance().
   std::uint32_t* room(std::size_t extra) {
     if (capacity_ - size_ < extra) grow(extra);
     return data_ + size_;
   }
-  void reserve(std::size_t capacity) {
-    if (capacity > capacity_) grow_to(capacity);
-  }
   void advance(std::size_t count) { size_ += count; }
+  // The same, up to a place in the room.
+  void advance_to(const std::uint32_t* end) { size_ = static_cast<std::size_t>(end - data_); }
+  void append(const std::uint32_t* ids, std::size_t count) {
+    std::memcpy(room(count), ids, count * sizeof *ids);
+    size_ += count;
+  }
   void push(std::uint32_t id) {
     *room(1) = id;
     ++size_;
   }
 
-  // Gives up ownership of the memory, cut down to `bytes`; the caller frees with std::free.
-  std::uint32_t* release(std::size_t bytes) {
-    void* const cut = bytes ? std::realloc(data_, bytes) : nullptr;
-    auto* data = cut ? static_cast<std::uint32_t*>(cut) : data_;
-    data_ = nullptr;
-    size_ = capacity_ = 0;
-    return data;
-  }
-
  private:
   void grow(std::size_t extra) {
-    std::size_t wanted = capacity_ + capacity_ / 2 + 64;
-    if (wanted < size_ + extra) wanted = size_ + extra;
-    grow_to(wanted);
-  }
-
-  void grow_to(std::size_t wanted) {
-    void* data = std::realloc(data_, wanted * sizeof(std::uint32_t));
+    const std::size_t wanted = std::max(capacity_ + capacity_ / 2 + 64, size_ + extra);
+    void* const data = std::realloc(data_, wanted * sizeof(std::uint32_t));
     if (!data) throw std::bad_alloc();
     data_ = static_cast<std::uint32_t*>(data);
     capacity_ = wanted;

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -35,6 +36,10 @@ class ZeroedMemory {
   }
 
   void* data() const { return data_; }
+  void swap(ZeroedMemory& other) {
+    std::swap(bytes_, other.bytes_);
+    std::swap(data_, other.data_);
+  }
 
  private:
   std::size_t bytes_;

@@ -1,4 +1,4 @@
-"""The C++ core under sanitizers, compared with naive training and encoding on random input."""
+"""The C++ core under sanitizers, compared with naive implementations on random input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,27 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("clang++") or shutil.which("g++")
 
 
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    """The flags for a sanitizer and the core built with them; each is built once."""
+    built: dict[str, tuple[list[str], list[str]]] = {}
+
+    def build(sanitizer: str) -> tuple[list[str], list[str]]:
+        if sanitizer not in built:
+            assert COMPILER is not None
+            flags = [COMPILER, "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-pthread"]
+            flags += ["-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}"]
+            folder = tmp_path_factory.mktemp("core")
+            sources = sorted({*(ROOT / "csrc").glob("*.cpp")} - {ROOT / "csrc/bindings.cpp"})
+            subprocess.run([*flags, "-c", *map(str, sources)], cwd=folder, check=True)
+            built[sanitizer] = flags, [str(path) for path in sorted(folder.glob("*.o"))]
+        return built[sanitizer]
+
+    return build
+
+
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("name", ["fuzz_core", "fuzz_options", "fuzz_caches"])
 @pytest.mark.parametrize(
     ("sanitizer", "seconds"),
     [
@@ -21,13 +41,11 @@ COMPILER = shutil.which("clang++") or shutil.which("g++")
         pytest.param("thread", 60, marks=pytest.mark.full),
     ],
 )
-def test_random_input_under(sanitizer, seconds, tmp_path):
-    assert COMPILER is not None
-    core = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if path.name != "bindings.cpp"]
-    program = tmp_path / "fuzz_core"
-    command = [COMPILER, "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-pthread"]
-    command += ["-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}", "-o", str(program)]
-    subprocess.run([*command, str(Path(__file__).with_name("fuzz_core.cpp")), *core], check=True)
+def test_random_input_under(core, sanitizer, seconds, name, tmp_path):
+    flags, objects = core(sanitizer)
+    source = Path(__file__).with_name(f"{name}.cpp")
+    program = tmp_path / name
+    subprocess.run([*flags, "-o", str(program), str(source), *objects], check=True)
     result = subprocess.run([program, "1", str(seconds)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[0]) > 10

@@ -1,0 +1,185 @@
+// Bounded cache from short pieces of text to their few ids: most of a text becomes ids here.
+//
+// Keys are stored whole (a hash alone could return the ids of another word). Two entries share a
+// line of the processor's cache and are compared without a branch, for nothing predicts which of
+// them it is. The table grows with the number of distinct pieces up to a fixed size; from then on
+// new pieces replace old ones, so hostile input can only miss.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "zeroed_memory.h"
+
+namespace fastgpt {
+
+// The bits of the first 0 to 16 bytes in two words; of the 16th byte none.
+struct KeyMasks {
+  std::uint64_t low[17];
+  std::uint64_t high[17];
+
+  constexpr KeyMasks() : low{}, high{} {
+    for (int i = 0; i <= 16; ++i) {
+      low[i] = i < 8 ? (std::uint64_t{1} << 8 * i) - 1 : ~std::uint64_t{0};
+      high[i] = i <= 8 ? 0 : (std::uint64_t{1} << 8 * ((i < 15 ? i : 15) - 8)) - 1;
+    }
+  }
+};
+inline constexpr KeyMasks kKeyMasks{};
+
+class ShortCache {
+ public:
+  static constexpr std::size_t kMaxLength = 15;  // bytes of a piece
+  static constexpr std::size_t kMaxIds = 4;
+
+  // The bytes of a piece, zero-padded, with their number in the last byte. Of a longer piece that
+  // byte is 16, which no entry has.
+  struct Key {
+    std::uint64_t low;
+    std::uint64_t high;
+  };
+
+  struct Entry {
+    Key key;  // above its length the number of ids less one
+    std::uint32_t ids[kMaxIds];
+
+    std::size_t count() const { return static_cast<std::size_t>(key.high >> kCountShift) + 1; }
+  };
+
+  // A count that says that the ids of an entry are what the user makes of them.
+  static constexpr std::size_t kElsewhere = 8;
+
+  ShortCache() : ShortCache(kFirstBits) {}
+
+  // Reads 16 bytes where the text has them, never past end.
+  static Key make_key(const std::uint8_t* p, std::size_t length, const std::uint8_t* end) {
+    const std::size_t used = length <= kMaxLength ? length : kMaxLength + 1;
+    std::uint64_t word[2] = {};
+    if (end - p >= 16) {
+      std::memcpy(word, p, 16);
+    } else {
+      std::memcpy(word, p, used);
+    }
+    return {word[0] & kKeyMasks.low[used],
+            (word[1] & kKeyMasks.high[used]) | static_cast<std::uint64_t>(used) << kLengthShift};
+  }
+
+  // Where the key belongs until the next make_room(). Its memory starts to be fetched.
+  std::uint32_t locate(const Key& key) const {
+    // Multiplied apart, since two multiplications one after the other take twice as long.
+    const std::uint64_t hash = key.low * 0x9E3779B97F4A7C15ull ^ key.high * 0xD6E8FEB86659FD93ull;
+    const auto place = static_cast<std::uint32_t>(hash >> shift_);
+#if defined(__GNUC__)
+    __builtin_prefetch(&buckets_[place]);
+#endif
+    return place;
+  }
+
+  // Writes the ids to out, which has room for kMaxIds, and returns their number. 0 is for the
+  // pieces that look_around() may know more of.
+  std::size_t find(const Key& key, std::uint32_t place, std::uint32_t* out) const {
+    const Entry* const way = buckets_[place].way;
+    const bool first = same(way[0].key, key);
+    const bool second = same(way[1].key, key);
+    const Entry& entry = way[first ? 0 : 1];
+    std::memcpy(out, entry.ids, sizeof entry.ids);
+    const std::size_t count = entry.count();
+    return (first | second) & (count <= kMaxIds) ? count : 0;
+  }
+
+  // The entry of the key, nullptr if there is none.
+  Entry* look_around(const Key& key, std::uint32_t place) const {
+    for (int step = 0; step < kSteps; ++step) {
+      for (Entry& entry : bucket(place, step).way) {
+        if (same(entry.key, key)) return &entry;
+        if (entry.key.high == 0) return nullptr;
+      }
+    }
+    return nullptr;
+  }
+
+  // Makes the entry of a key that has none, of a piece of at most kMaxLength bytes. Its ids are to
+  // be written by the caller.
+  Entry& insert(const Key& key, std::uint32_t place, std::size_t count) {
+    Entry& entry = free_entry(place);
+    entry.key = key;
+    entry.key.high |= static_cast<std::uint64_t>(count - 1) << kCountShift;
+    return entry;
+  }
+
+  // Before some more pieces are looked for and perhaps inserted.
+  void make_room(std::size_t pieces) {
+    if ((used_ + pieces) > (std::size_t{1} << bits_) && bits_ < kMostBits) grow();
+  }
+
+ private:
+  static constexpr int kFirstBits = 12;  // 2^bits buckets
+  static constexpr int kMostBits = 18;   // 16 MB
+  static constexpr int kSteps = 4;       // buckets that an entry may lie in
+  static constexpr int kLengthShift = 56;
+  static constexpr int kCountShift = 61;
+
+  struct Bucket {
+    Entry way[2];
+  };
+  explicit ShortCache(int bits)
+      : bits_(bits), shift_(64 - bits), memory_((std::size_t{1} << bits) * sizeof(Bucket)) {
+    buckets_ = static_cast<Bucket*>(memory_.data());
+  }
+
+  static bool same(const Key& stored, const Key& key) {
+    return ((stored.low ^ key.low) | (stored.high ^ key.high) << (64 - kCountShift)) == 0;
+  }
+
+  Bucket& bucket(std::uint32_t place, int step) const {
+    const auto mask = (std::uint32_t{1} << bits_) - 1;
+    return buckets_[(place + static_cast<std::uint32_t>(step)) & mask];
+  }
+
+  Entry& free_entry(std::uint32_t place) {
+    for (int step = 0; step < kSteps; ++step) {
+      for (Entry& entry : bucket(place, step).way) {
+        if (entry.key.high == 0) {
+          ++used_;
+          return entry;
+        }
+      }
+    }
+    return buckets_[place].way[++replaced_ & 1];
+  }
+
+  void grow() {
+    ShortCache larger(bits_ + 2);
+    const std::size_t size = std::size_t{1} << bits_;
+    for (std::size_t i = 0; i < size; ++i) {
+      for (const Entry& entry : buckets_[i].way) {
+        if (entry.key.high == 0) continue;
+        Key key = entry.key;
+        key.high &= ~std::uint64_t{0} >> (64 - kCountShift);
+        larger.free_entry(larger.locate(key)) = entry;
+      }
+    }
+    larger.replaced_ = replaced_;
+    swap(larger);
+  }
+
+  void swap(ShortCache& other) {
+    std::swap(bits_, other.bits_);
+    std::swap(shift_, other.shift_);
+    std::swap(used_, other.used_);
+    std::swap(replaced_, other.replaced_);
+    std::swap(buckets_, other.buckets_);
+    memory_.swap(other.memory_);
+  }
+
+  int bits_;
+  int shift_;
+  std::size_t used_ = 0;
+  std::size_t replaced_ = 0;
+  ZeroedMemory memory_;
+  Bucket* buckets_;
+};
+
+}  // namespace fastgpt

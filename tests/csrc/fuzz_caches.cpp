@@ -1,0 +1,207 @@
+// The caches of pieces filled until they grow, replace and forget, and one encoder in several
+// threads; for sanitizer builds. Usage: fuzz_caches SEED SECONDS. Prints the number of rounds;
+// aborts on the first difference.
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "encoder.h"
+#include "hash.h"
+#include "long_cache.h"
+#include "parallel.h"
+#include "piece_finder.h"
+#include "short_cache.h"
+#include "trainer.h"
+
+using namespace fastgpt;
+
+namespace {
+
+using Ids = std::vector<std::uint32_t>;
+
+std::mt19937_64 rng;
+
+std::size_t below(std::size_t n) { return static_cast<std::size_t>(rng() % n); }
+
+void require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::abort();
+}
+
+const std::uint8_t* bytes_of(const std::string& text) {
+  return reinterpret_cast<const std::uint8_t*>(text.data());
+}
+
+// Piece i of this many bytes, and its ids: both follow from i alone.
+std::string piece_of(std::uint64_t i, std::size_t length) {
+  std::string piece(length, static_cast<char>('a' + i % 7));
+  const std::uint64_t number = mix(mix(mix(0, i), length), 1);
+  std::memcpy(&piece[0], &number, std::min<std::size_t>(length, 8));
+  return piece;
+}
+
+Ids ids_of(std::uint64_t i, std::size_t count) {
+  Ids ids(count);
+  for (std::size_t k = 0; k < count; ++k) ids[k] = static_cast<std::uint32_t>(i * 31 + k);
+  return ids;
+}
+
+// Whatever was inserted is found with its own ids or not at all; next to nothing is lost before the
+// table has its full size. Pieces come from memory that ends with them, so a read past the end is
+// seen.
+void check_short_cache(std::uint64_t pieces) {
+  ShortCache cache;
+  std::uint64_t lost = 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    for (std::uint64_t i = 0; i < pieces; ++i) {
+      const std::string text = piece_of(i, 8 + i % 8);
+      const std::vector<std::uint8_t> exact(text.begin(), text.end());
+      const std::uint8_t* const end = exact.data() + exact.size();
+      cache.make_room(1);
+      const ShortCache::Key key = ShortCache::make_key(exact.data(), exact.size(), end);
+      const std::string longer = text + "something behind it";
+      const ShortCache::Key same =
+          ShortCache::make_key(bytes_of(longer), text.size(), bytes_of(longer) + longer.size());
+      require(key.low == same.low && key.high == same.high, "a key is its piece alone");
+      const std::uint32_t place = cache.locate(key);
+      const Ids ids = ids_of(i, 1 + i % ShortCache::kMaxIds);
+      std::uint32_t found[ShortCache::kMaxIds];
+      std::size_t count = cache.find(key, place, found);
+      if (const ShortCache::Entry* const entry = cache.look_around(key, place)) {
+        require(count == 0 || count == entry->count(), "both ways of looking agree");
+        count = entry->count();
+        std::memcpy(found, entry->ids, sizeof found);
+      } else {
+        require(count == 0, "an entry that looking around does not find");
+      }
+      if (count) {
+        require(Ids(found, found + count) == ids, "ids of a short piece");
+      } else {
+        lost += pass;
+        std::memcpy(cache.insert(key, place, ids.size()).ids, ids.data(), 4 * ids.size());
+      }
+    }
+  }
+  require(lost <= pieces / 100 || pieces > 200'000, "a small cache loses next to nothing");
+  require(lost > pieces / 4 || pieces < 1'000'000, "a full cache is bounded");
+}
+
+void check_long_cache(std::uint64_t pieces) {
+  LongCache cache;
+  std::uint64_t lost = 0;
+  std::vector<LongCache::Place> places;
+  for (int pass = 0; pass < 2; ++pass) {
+    for (std::uint64_t i = 0; i < pieces; ++i) {
+      const std::string text = piece_of(i, 16 + i % 16);
+      const std::vector<std::uint8_t> exact(text.begin(), text.end());
+      const std::uint8_t* const end = exact.data() + exact.size();
+      const std::uint32_t hash = LongCache::hash(exact.data(), exact.size(), end);
+      const std::string longer = text + "and this is what comes behind it";
+      require(
+          hash == LongCache::hash(bytes_of(longer), text.size(), bytes_of(longer) + longer.size()),
+          "a hash is of its piece alone");
+      const Ids ids = ids_of(i, 1 + i % 40);
+      const LongCache::Ids found = cache.find(exact.data(), exact.size(), hash);
+      if (found.data) {
+        require(Ids(found.data, found.data + found.count) == ids, "ids of a long piece");
+      } else {
+        lost += pass;
+        cache.insert(exact.data(), exact.size(), hash, ids.data(), ids.size());
+      }
+      if (pass == 0) places.push_back(cache.insert(ids.data(), ids.size()));
+      const std::size_t other = below(places.size());
+      const LongCache::Ids kept = cache.at(places[other]);
+      if (kept.data) {
+        require(Ids(kept.data, kept.data + kept.count) == ids_of(other, 1 + other % 40),
+                "ids by their place");
+      }
+    }
+  }
+  require(lost <= pieces / 100 || pieces > 50'000, "a small cache loses next to nothing");
+  require(lost > 0 || pieces < 400'000, "a full cache is bounded");
+}
+
+std::string random_text(std::size_t length) {
+  static const char* const kParts[] = {" the",     " of",          "ing", "\n", " ",  "7",  "!",
+                                       "\xC3\xA9", "\xE4\xB8\xAD", " a",  "b",  "'s", "   "};
+  std::string text;
+  while (text.size() < length) text += kParts[below(std::size(kParts))];
+  return text;
+}
+
+Encoder make_encoder(const std::string& text, Pattern pattern) {
+  WordCounter counter(pattern, 2);
+  counter.add({std::string_view(text).substr(0, text.size() / 2),
+               std::string_view(text).substr(text.size() / 2)});
+  TrainOptions options;
+  options.merges = 100;
+  Vocabulary vocabulary;
+  vocabulary.pattern = pattern;
+  vocabulary.tokens.resize(256);
+  for (int byte = 0; byte < 256; ++byte) {
+    vocabulary.tokens[gpt2_byte_ids()[byte]] = std::string(1, static_cast<char>(byte));
+  }
+  for (const auto& [left, right] : train_bpe(counter.take(), options)) {
+    vocabulary.merges.push_back(
+        {left, right, static_cast<std::uint32_t>(vocabulary.tokens.size())});
+    vocabulary.tokens.push_back(vocabulary.tokens[left] + vocabulary.tokens[right]);
+  }
+  return Encoder(std::move(vocabulary));
+}
+
+// A text as a whole, in its parts, and by threads that share the encoder: the same ids.
+void check_encoder() {
+  const std::string text = random_text(20'000 + below(2) * 5 * Encoder::kPart);
+  const Encoder encoder = make_encoder(text, static_cast<Pattern>(below(4)));
+  TokenBuffer whole;
+  encoder.encode(text, *encoder.acquire(), whole);
+  const Ids ids(whole.data(), whole.data() + whole.size());
+  const auto parts = Encoder::parts(text);
+  require(parts.size() > 2 || text.size() < 4 * Encoder::kPart, "a long text has parts");
+  std::vector<Encoder::State> states;
+  for (int i = 0; i < 3; ++i) states.push_back(encoder.acquire());
+  std::vector<Ids> found(parts.size());
+  parallel_for(parts.size(), 3, [&](std::size_t i, int thread) {
+    TokenBuffer buffer;
+    encoder.encode(parts[i], *states[static_cast<std::size_t>(thread)], buffer);
+    found[i].assign(buffer.data(), buffer.data() + buffer.size());
+  });
+  Ids joined;
+  for (const Ids& part : found) joined.insert(joined.end(), part.begin(), part.end());
+  require(joined == ids, "ids of the parts");
+  parallel_for(6, 3, [&](std::size_t i, int) {
+    const auto state = encoder.acquire();
+    IdArray array(i % 2 == 0);
+    encoder.encode(text, *state, array);
+    require(array.size() == ids.size(), "as many ids in an array");
+    for (std::size_t k = 0; k < ids.size(); ++k) {
+      std::uint32_t id = 0;
+      std::memcpy(&id, array.at(k), array.id_bytes());
+      require(id == ids[k], "ids in an array");
+    }
+    std::free(array.release());
+  });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) return 2;
+  rng.seed(std::strtoull(argv[1], nullptr, 10));
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(std::atoi(argv[2]));
+  check_short_cache(1'000'000);
+  check_long_cache(400'000);
+  long rounds = 0;
+  for (; rounds < 12 || std::chrono::steady_clock::now() < end; ++rounds) {
+    check_short_cache(below(20'000));
+    check_long_cache(below(5'000));
+    check_encoder();
+  }
+  std::printf("%ld rounds\n", rounds);
+  return 0;
+}
