@@ -316,6 +316,33 @@ class StageConfig:
             raise UsageError(f"--stop-at {self.stop_at}: it must be at least 1")
 
 
+@dataclass(frozen=True)
+class RankingConfig(StageConfig):
+    """What every stage that learns from rankings has."""
+
+    data: tuple[Path, ...] = ()
+    """Rankings (.jsonl, .gz, .xz): "prompt" and "responses", best first or with "ranks" or
+    "scores"; or "chosen" and "rejected"; default: the embedded ones."""
+    epochs: float = 1.0
+    """How often each prompt is used, unless --steps says how long to train."""
+    batch_prompts: int | None = None
+    """Prompts of an optimizer step, with all their answers; default: what --batch-tokens hold."""
+    val_fraction: float = 0.1
+    """Part of the prompts held out for validation."""
+    on_long: Literal["error", "skip"] = "error"
+    """A prompt that leaves no place for an answer in --seq-len ends the run, or is left out."""
+    train: TrainConfig = TrainConfig(
+        steps=0, batch_tokens=8192, eval_every=0, save_every=200, sample_tokens=64
+    )
+
+    def check(self) -> None:
+        """Raise UsageError for values no run can have."""
+        super().check()
+        check_passes(self.epochs, self.val_fraction)
+        if self.batch_prompts is not None and self.batch_prompts < 1:
+            raise UsageError(f"{_flag('batch_prompts', self.batch_prompts)}: it must be at least 1")
+
+
 def check_passes(epochs: float, val_fraction: float) -> None:
     """Raise UsageError for values with which no data can be used."""
     if not 0 < epochs < math.inf:

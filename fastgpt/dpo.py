@@ -11,17 +11,14 @@ takes of it; they are computed once, before the first step, and belong to every 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fastgpt import cli
-from fastgpt.config import OptimConfig, StageConfig, TrainConfig, check_passes
-from fastgpt.errors import DataError, UsageError
+from fastgpt.config import OptimConfig, RankingConfig
+from fastgpt.errors import UsageError
 from fastgpt.launch import launch
 
 if TYPE_CHECKING:
@@ -39,28 +36,13 @@ SAMPLES = 4
 
 
 @dataclass(frozen=True)
-class DPOConfig(StageConfig):
+class DPOConfig(RankingConfig):
     """Finetune a model on rankings of answers."""
 
-    data: tuple[Path, ...] = ()
-    """Rankings, see fastgpt.reward; default: the embedded ones."""
     beta: float = 0.1
     """What a nat away from the reference costs: low values let the model go far."""
     label_smoothing: float = 0.0
     """Probability that a pair is the wrong way round (conservative DPO)."""
-    epochs: float = 1.0
-    """How often each prompt is used, unless --steps says how long to train."""
-    batch_prompts: int | None = None
-    """Prompts of an optimizer step, with all their answers; default: what --batch-tokens hold."""
-    val_fraction: float = 0.1
-    """Part of the prompts held out for validation."""
-    on_long: Literal["error", "skip"] = "error"
-    """A prompt that leaves no place for an answer in --seq-len ends the run, or is left out."""
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            steps=0, batch_tokens=8192, eval_every=0, save_every=200, sample_tokens=64
-        )
-    )
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
             optimizer="adamw", lr=1e-4, weight_decay=0.0, warmup=0.1, schedule="linear"
@@ -70,14 +52,11 @@ class DPOConfig(StageConfig):
     def check(self) -> None:
         """Raise UsageError for values no run can have."""
         super().check()
-        check_passes(self.epochs, self.val_fraction)
         if not 0 < self.beta < float("inf"):
             raise UsageError(f"--beta {self.beta:g}: it must be above 0")
         if not 0 <= self.label_smoothing < 0.5:
             smoothing = f"--label-smoothing {self.label_smoothing:g}"
             raise UsageError(f"{smoothing}: it must be at least 0 and below 0.5")
-        if self.batch_prompts is not None and self.batch_prompts < 1:
-            raise UsageError(f"--batch-prompts {self.batch_prompts}: it must be at least 1")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,22 +66,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def dpo(config: DPOConfig, world: World) -> None:
     """Prepare model and data, train, evaluate, sample, report."""
-    import torch
-
-    from fastgpt.run import open_run, resume_from
+    from fastgpt.preference.comparisons import prepare
+    from fastgpt.run import preparing, save_config
     from fastgpt.trainer import train
 
-    run = open_run(config, world, "dpo")
-    with world.together():
-        checkpoint = resume_from(run) if config.resume else None
-    new_run = world.rank == 0 and not config.resume
-    with run.emptied_on_error() if new_run else contextlib.nullcontext():
-        random.seed(config.train.seed)  # its state is part of a checkpoint
-        torch.manual_seed(config.train.seed)
-        with world.together():
-            config, model, tokenizer = _start(config, run, world, checkpoint)
-        with world.together():
-            config, stage = _prepare(config, model, tokenizer, run, world)
+    with preparing(config, world, "dpo") as (run, checkpoint):
+        config, model, tokenizer = _start(config, run, world, checkpoint)
+        config, data = prepare(config, tokenizer, world)
+        if world.rank == 0:
+            save_config(config, run)
+    stage = Stage(
+        model, world, data.prompts, config.beta, config.label_smoothing, data.train, data.val
+    )
     result = train(
         model,
         stage.batches,
@@ -219,8 +194,9 @@ class Stage:
 
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Take back the reference. Raises DataError when the data is another."""
-        if state != self.state():
-            raise DataError("--data is not what this run began with; a resumed run needs the same")
+        from fastgpt.run import check_same_data
+
+        check_same_data(state, self.state())
         device = self.world.device
         self.reference = tensors["reference"].to(device)
         if "val_reference" in tensors:
@@ -252,50 +228,15 @@ def _start(
     config: DPOConfig, run: RunDir, world: World, checkpoint: Checkpoint | None
 ) -> tuple[DPOConfig, GPT, Tokenizer]:
     """The model to train and its tokenizer."""
-    from fastgpt.chat import end_id
     from fastgpt.hardware import compute_dtype
     from fastgpt.model import GPT
-    from fastgpt.run import load_model, load_tokenizer
+    from fastgpt.run import load_chat_init, load_tokenizer
 
     if checkpoint is not None:  # the loop takes the weights from it
         dtype = compute_dtype(config.train.dtype, world.device)
         return config, GPT(config.model, dtype).to(world.device), load_tokenizer(run)
-    if config.init is None:
-        raise UsageError(f"{run.path}: it has no checkpoint, and no run to start from")
-    model, tokenizer = load_model(config.init, device=str(world.device), dtype=config.train.dtype)
-    end_id(tokenizer)  # or it says what is missing
-    if world.rank == 0:
-        tokenizer.save(run.tokenizer_path)
+    model, tokenizer = load_chat_init(config, run, world)
     return dataclasses.replace(config, model=model.config), model.train(), tokenizer
-
-
-def _prepare(
-    config: DPOConfig, model: GPT, tokenizer: Tokenizer, run: RunDir, world: World
-) -> tuple[DPOConfig, Stage]:
-    """Data, and the configuration with what it decides."""
-    from fastgpt.preference.comparisons import prepare
-    from fastgpt.run import save_config
-
-    settings = config.train
-    data = prepare(
-        config.data,
-        tokenizer,
-        settings,
-        context=config.model.context,
-        val_fraction=config.val_fraction,
-        batch_prompts=config.batch_prompts,
-        on_long=config.on_long,
-        world=world,
-    )
-    steps = settings.steps or max(1, round(config.epochs * len(data.train) / data.prompts))
-    config = dataclasses.replace(
-        config, batch_prompts=data.prompts, train=dataclasses.replace(settings, steps=steps)
-    )
-    if world.rank == 0:
-        save_config(config, run)
-    smoothing = config.label_smoothing
-    stage = Stage(model, world, data.prompts, config.beta, smoothing, data.train, data.val)
-    return config, stage
 
 
 def finish(
@@ -306,23 +247,17 @@ def finish(
     evaluation: dict[str, float],
 ) -> None:
     """Print answers to held-out prompts and results, write the report."""
-    from fastgpt.chat import end_id
-    from fastgpt.generate import SamplingConfig, generate
+    from fastgpt.answers import print_answers
     from fastgpt.report import environment, write_report
 
     room = stage.model.config.context // 2
     held = () if stage.val is None else stage.val.comparisons
-    shown = [c for c in held if c.prompt <= room][:SAMPLES]
-    texts: list[dict[str, str]] = []
-    if shown:
-        sampling = SamplingConfig(max_new_tokens=config.train.sample_tokens, temperature=0.0)
-        stop_ids = (end_id(tokenizer), tokenizer.eot_id)
-        prompts = [c.answers[0][: c.prompt].tolist() for c in shown]
-        new = generate(stage.model, prompts, sampling, stop_ids=stop_ids)
-        for c, ids in zip(shown, new, strict=True):
-            question = c.ranking.prompt[-1]["content"] if c.ranking else ""
-            texts.append({"prompt": question, "text": tokenizer.decode(ids)})
-            print(f"\n> {question}|{texts[-1]['text']}")
+    asked = [
+        (c.ranking.prompt[-1]["content"] if c.ranking else "", c.answers[0][: c.prompt].tolist())
+        for c in held
+        if c.prompt <= room
+    ]
+    texts = print_answers(stage.model, tokenizer, asked[:SAMPLES], config.train.sample_tokens)
     report = write_report(run, texts, cli.to_tree(config), environment())
     if evaluation:
         print(

@@ -8,17 +8,17 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from fastgpt.data.batches import IGNORE_INDEX, MicroBatch, bytes_of
+from fastgpt.data.batches import IGNORE_INDEX, bytes_of
 from fastgpt.distributed import World
 from fastgpt.errors import DataError
 from fastgpt.model import GPT
-from fastgpt.trainer import LossFn, to_device
+from fastgpt.trainer import Batch, LossFn, to_device
 
 
 @torch.no_grad()
 def evaluate_loss(
     model: GPT,
-    batches: Iterable[MicroBatch],
+    batches: Iterable[Batch],
     loss_fn: LossFn,
     bytes_per_id: np.ndarray,
     world: World,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastgpt.config import PretrainConfig
+from fastgpt.config import ModelConfig, PretrainConfig, TrainConfig
 from fastgpt.data.documents import embedded_text
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def plan(config: PretrainConfig) -> dict[str, str]:
     device = pick_device(settings.device, 0)
     dtype = compute_dtype(settings.dtype, device)
     seq_len = settings.seq_len or model.context
-    batch_size, micro = batch_shape(config, World(0, 1, device))
+    batch_size, micro = batch_shape(model, settings, World(0, 1, device))
     tokens = settings.steps * batch_size * seq_len
     flops = tokens * model.flops_per_token(seq_len)
     peak = peak_flops(device, dtype)
@@ -51,12 +51,12 @@ def plan(config: PretrainConfig) -> dict[str, str]:
     }
 
 
-def batch_shape(config: PretrainConfig, world: World) -> tuple[int, int]:
+def batch_shape(model: ModelConfig, settings: TrainConfig, world: World) -> tuple[int, int]:
     """Sequences of an optimizer step, and of one forward pass of one process."""
-    seq_len = config.train.seq_len or config.model.context
-    batch_size = max(1, config.train.batch_tokens // seq_len)
-    if config.train.micro_batch:
-        return batch_size, config.train.micro_batch
+    seq_len = settings.seq_len or model.context
+    batch_size = max(1, settings.batch_tokens // seq_len)
+    if settings.micro_batch:
+        return batch_size, settings.micro_batch
     most = max(1, (16384 if world.device.type == "cuda" else 8192) // seq_len)
     share = max(1, batch_size // world.size)
     return batch_size, max(d for d in range(1, most + 1) if share % d == 0)

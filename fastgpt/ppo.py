@@ -12,8 +12,8 @@ record had as reference; one number for each, higher is better.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastgpt.assess.judges import Judge
-    from fastgpt.checkpoint import Checkpoint
     from fastgpt.data.batches import PackedDataset
     from fastgpt.data.examples import Prompt
     from fastgpt.distributed import World
@@ -65,12 +64,7 @@ class PPOConfig(StageConfig):
     )
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
-            optimizer="adamw",
-            lr=1e-4,
-            eps=1e-5,
-            weight_decay=0.0,
-            schedule="linear",
-            warmup=0.03,
+            optimizer="adamw", lr=1e-4, eps=1e-5, weight_decay=0.0, schedule="linear", warmup=0.03
         )
     )
 
@@ -89,24 +83,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def ppo(config: PPOConfig, world: World) -> None:
     """Prepare models and prompts, sample and update, evaluate, report."""
-    import torch
-
     from fastgpt.rl.experience import Experience
-    from fastgpt.run import open_run, resume_from
+    from fastgpt.run import preparing
     from fastgpt.rundir import MetricsLog
     from fastgpt.trainer import train
 
-    run = open_run(config, world, config.rl.algorithm)
-    with world.together():
-        checkpoint = resume_from(run) if config.resume else None
-    new_run = world.rank == 0 and not config.resume
-    with run.emptied_on_error() if new_run else contextlib.nullcontext():
-        random.seed(config.train.seed)  # its state is part of a checkpoint
-        torch.manual_seed(config.train.seed)
-        with world.together():
-            config, model, reference, tokenizer = _start(config, run, world, checkpoint)
-        with world.together():
-            config, problem, scorer = _prepare(config, model, reference, tokenizer, run, world)
+    with preparing(config, world, config.rl.algorithm) as (run, checkpoint):
+        config, model, reference, tokenizer = _start(config, run, world)
+        config, problem, scorer = _prepare(config, model, reference, tokenizer, run, world)
     experience = Experience(config.rl, problem, world)
     after_step = -1 if checkpoint is None else checkpoint.state["train"]["step"]
     with contextlib.ExitStack() as stack:
@@ -138,31 +122,25 @@ def ppo(config: PPOConfig, world: World) -> None:
 
 
 def _start(
-    config: PPOConfig, run: RunDir, world: World, checkpoint: Checkpoint | None
+    config: PPOConfig, run: RunDir, world: World
 ) -> tuple[PPOConfig, ActorCritic, GPT, Tokenizer]:
     """Policy and value model, the reference with weights of its own, and the tokenizer."""
     import torch
 
-    from fastgpt.chat import end_id
     from fastgpt.preference.reward_model import RewardModel, load_reward_model
     from fastgpt.rl.actor_critic import ActorCritic
-    from fastgpt.run import load_model
+    from fastgpt.run import load_chat_init
 
-    if config.init is None:
-        raise UsageError(f"{run.path}: its config.toml names no run to start from")
-    options: Any = {"device": str(world.device), "dtype": config.train.dtype}
-    reference, tokenizer = load_model(config.init, **options)
-    policy, _ = load_model(config.init, **options)
-    end_id(tokenizer)  # or it says what is missing
+    reference, tokenizer = load_chat_init(config, run, world)
+    policy = copy.deepcopy(reference)
     value = None
     if config.rl.algorithm == "ppo":
         if config.reward is not None:
+            options: Any = {"device": str(world.device), "dtype": config.train.dtype}
             value, _ = load_reward_model(config.reward, **options)
         else:
             value = RewardModel.from_gpt(policy)
             torch.nn.init.zeros_(value.head.weight)
-    if checkpoint is None and world.rank == 0:
-        tokenizer.save(run.tokenizer_path)
     model = ActorCritic(policy, value).train()
     config = dataclasses.replace(config, model=policy.config)
     return config, model, _frozen(reference, config.train.compile), tokenizer
@@ -221,6 +199,8 @@ def _prepare(
         settings.seed,
         micro,
         _pretraining_text(config, tokenizer),
+        scorer.model,
+        {"--init": config.init, "--reward": config.reward},
     )
     if world.rank == 0:
         save_config(config, run)

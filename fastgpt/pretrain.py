@@ -6,9 +6,7 @@ its directory; ``--resume RUN`` goes on with it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -43,29 +41,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def pretrain(config: PretrainConfig, world: World) -> None:
     """Prepare data and model, train, evaluate, sample, report."""
-    import torch
-
     from fastgpt.data.batches import step_batches, validation_batches
     from fastgpt.evaluation import evaluate_loss
     from fastgpt.hardware import compute_dtype
     from fastgpt.loss import next_token_loss
     from fastgpt.model import GPT
-    from fastgpt.run import open_run, resume_from
+    from fastgpt.run import preparing
     from fastgpt.trainer import train
 
-    run = open_run(config, world, f"pretrain-{config.preset}")
-    with world.together():
-        checkpoint = resume_from(run) if config.resume else None
-    new_run = world.rank == 0 and not config.resume
-    with run.emptied_on_error() if new_run else contextlib.nullcontext():
+    with preparing(config, world, f"pretrain-{config.preset}") as (run, checkpoint):
         config, tokenizer, train_set, val_set = _prepare(config, run, world)
     settings = config.train
     seq_len = train_set.seq_len
-    batch_size, micro = batch_shape(config, world)
+    batch_size, micro = batch_shape(config.model, config.train, world)
     masking = {"mask_documents": config.data.mask_documents, "eot_id": tokenizer.eot_id}
 
-    random.seed(settings.seed)  # its state is part of a checkpoint
-    torch.manual_seed(settings.seed)
     model = GPT(config.model, compute_dtype(settings.dtype, world.device)).to(world.device)
     bytes_per_id = tokenizer.bytes_per_id()
     max_batches = -(-settings.eval_tokens // (micro * seq_len)) or None
@@ -113,7 +103,7 @@ def _prepare(
     if world.rank == 0:
         save_config(config, run)
     seq_len = settings.seq_len or config.model.context
-    batch_size, micro = batch_shape(config, world)
+    batch_size, micro = batch_shape(config.model, config.train, world)
     with world.together():
         shards = [
             open_shard(path, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash)

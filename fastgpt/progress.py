@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 Clock = Callable[[], float]
+T = TypeVar("T")
 
 _SMOOTHING_SECONDS = 10.0
 _REFRESH_PER_SECOND = 4
@@ -213,6 +214,35 @@ class Task:
 def task(description: str, total: float | None = None) -> Task:
     """A ``Task`` on standard output, silent on ranks above 0."""
     return Task(description, total)
+
+
+class ReadThenWork:
+    """Context manager for work on a stream that begins when all of it is read: two bars in turn."""
+
+    def __init__(self, reading: str, total: float | None, work: str) -> None:
+        """Descriptions of both, and the units of reading in all."""
+        self._reading = task(reading, total)
+        self._work = task(work, 1)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> ReadThenWork:
+        self._stack.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def reading(self, items: Iterable[T], done: Callable[[], float]) -> Iterator[T]:
+        """``items``, of which ``done()`` units are read; the second bar begins behind the last."""
+        with self._reading as bar:
+            for item in items:
+                yield item
+                bar.update(done())
+        self._stack.enter_context(self._work)
+
+    def update(self, done: int, total: int) -> None:
+        """Report the work done, of the work in all."""
+        self._work.update(done / max(total, 1))
 
 
 class Smoothed:

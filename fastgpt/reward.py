@@ -7,17 +7,14 @@ forward pass, and the loss is the mean over its pairs of -log sigmoid(better - w
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fastgpt import cli
-from fastgpt.config import OptimConfig, StageConfig, TrainConfig, check_passes
-from fastgpt.errors import DataError, UsageError
+from fastgpt.config import OptimConfig, RankingConfig
+from fastgpt.errors import UsageError
 from fastgpt.launch import launch
 
 if TYPE_CHECKING:
@@ -36,30 +33,14 @@ SHOWN = 4  # held-out rankings in the report
 
 
 @dataclass(frozen=True)
-class RewardConfig(StageConfig):
+class RewardConfig(RankingConfig):
     """Train a reward model on rankings of answers."""
 
-    data: tuple[Path, ...] = ()
-    """Rankings (.jsonl, .gz, .xz): "prompt" and "responses", best first or with "ranks" or
-    "scores"; or "chosen" and "rejected"; default: the embedded ones."""
-    epochs: float = 1.0
-    """How often each prompt is used, unless --steps says how long to train."""
-    batch_prompts: int | None = None
-    """Prompts of an optimizer step, with all their answers; default: what --batch-tokens hold."""
     margin: float = 0.0
     """A better answer must lead by this times the difference of the scores in the data."""
-    val_fraction: float = 0.1
-    """Part of the prompts held out for validation."""
-    on_long: Literal["error", "skip"] = "error"
-    """A prompt that leaves no place for an answer in --seq-len ends the run, or is left out."""
     norm_samples: int = 256
     """Answers of the --init model whose scores get mean 0 and standard deviation 1; 0: leave them
     as they are."""
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            steps=0, batch_tokens=8192, eval_every=0, save_every=200, sample_tokens=64
-        )
-    )
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(optimizer="adamw", lr=1e-3, weight_decay=0.0)
     )
@@ -67,13 +48,10 @@ class RewardConfig(StageConfig):
     def check(self) -> None:
         """Raise UsageError for values no run can have."""
         super().check()
-        check_passes(self.epochs, self.val_fraction)
         if not 0 <= self.margin < float("inf"):
             raise UsageError(f"--margin {self.margin:g}: it must be at least 0")
         if self.norm_samples < 0:
             raise UsageError(f"--norm-samples {self.norm_samples}: it must be at least 0")
-        if self.batch_prompts is not None and self.batch_prompts < 1:
-            raise UsageError(f"--batch-prompts {self.batch_prompts}: it must be at least 1")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,22 +61,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def reward(config: RewardConfig, world: World) -> None:
     """Prepare model and data, train, evaluate, normalise, report."""
-    import torch
-
-    from fastgpt.run import open_run, resume_from
+    from fastgpt.preference.comparisons import prepare
+    from fastgpt.run import preparing, save_config
     from fastgpt.trainer import train
 
-    run = open_run(config, world, "reward")
-    with world.together():
-        checkpoint = resume_from(run) if config.resume else None
-    new_run = world.rank == 0 and not config.resume
-    with run.emptied_on_error() if new_run else contextlib.nullcontext():
-        random.seed(config.train.seed)  # its state is part of a checkpoint
-        torch.manual_seed(config.train.seed)
-        with world.together():
-            config, model, tokenizer, writer = _start(config, run, world, checkpoint)
-        with world.together():
-            config, stage = _prepare(config, model, tokenizer, writer, run, world)
+    with preparing(config, world, "reward") as (run, checkpoint):
+        config, model, tokenizer, writer = _start(config, run, world, checkpoint)
+        needs_scores = "--margin" if config.margin else ""
+        config, data = prepare(config, tokenizer, world, needs_scores=needs_scores)
+        samples = None
+        if writer is not None and config.norm_samples:
+            rows = sample_answers(writer, tokenizer, data.train, config)
+            samples = packed_samples(rows, data.train)
+        if world.rank == 0:
+            save_config(config, run)
+    stage = Stage(model, world, data.prompts, config.margin, data.train, data.val, samples)
     # It cancels in every pair: its gradient is rounding, which Adam would take for a direction.
     model.head.bias.requires_grad_(False)
     result = train(
@@ -211,8 +188,9 @@ class Stage:
 
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Take back the samples. Raises DataError when the data is another."""
-        if state != self.state():
-            raise DataError("--data is not what this run began with; a resumed run needs the same")
+        from fastgpt.run import check_same_data
+
+        check_same_data(state, self.state())
         if tensors:
             ids, lengths = tensors["sample_ids"].numpy(), tensors["sample_lengths"].tolist()
             rows, begin = [], 0
@@ -259,60 +237,17 @@ def _start(
     config: RewardConfig, run: RunDir, world: World, checkpoint: Checkpoint | None
 ) -> tuple[RewardConfig, RewardModel, Tokenizer, GPT | None]:
     """The reward model, its tokenizer, and the model that it starts from, None at a resume."""
-    from fastgpt.chat import end_id
     from fastgpt.hardware import compute_dtype
     from fastgpt.preference.reward_model import RewardModel
-    from fastgpt.run import load_model, load_tokenizer
+    from fastgpt.run import load_chat_init, load_tokenizer
 
     if checkpoint is not None:  # the loop takes the weights from it
         dtype = compute_dtype(config.train.dtype, world.device)
         model = RewardModel(config.model, dtype).to(world.device)
         return config, model, load_tokenizer(run), None
-    if config.init is None:
-        raise UsageError(f"{run.path}: it has no checkpoint, and no run to start from")
-    writer, tokenizer = load_model(config.init, device=str(world.device), dtype=config.train.dtype)
-    end_id(tokenizer)  # or it says what is missing
+    writer, tokenizer = load_chat_init(config, run, world)
     model = RewardModel.from_gpt(writer)
-    if world.rank == 0:
-        tokenizer.save(run.tokenizer_path)
     return dataclasses.replace(config, model=model.config), model, tokenizer, writer
-
-
-def _prepare(
-    config: RewardConfig,
-    model: RewardModel,
-    tokenizer: Tokenizer,
-    writer: GPT | None,
-    run: RunDir,
-    world: World,
-) -> tuple[RewardConfig, Stage]:
-    """Data, and the configuration with what it decides."""
-    from fastgpt.preference.comparisons import prepare
-    from fastgpt.run import save_config
-
-    settings = config.train
-    data = prepare(
-        config.data,
-        tokenizer,
-        settings,
-        context=config.model.context,
-        val_fraction=config.val_fraction,
-        batch_prompts=config.batch_prompts,
-        on_long=config.on_long,
-        world=world,
-        needs_scores="--margin" if config.margin else "",
-    )
-    steps = settings.steps or max(1, round(config.epochs * len(data.train) / data.prompts))
-    config = dataclasses.replace(
-        config, batch_prompts=data.prompts, train=dataclasses.replace(settings, steps=steps)
-    )
-    samples = None
-    if writer is not None and config.norm_samples:
-        samples = packed_samples(sample_answers(writer, tokenizer, data.train, config), data.train)
-    if world.rank == 0:
-        save_config(config, run)
-    stage = Stage(model, world, data.prompts, config.margin, data.train, data.val, samples)
-    return config, stage
 
 
 def sample_answers(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastgpt import cli
+from fastgpt.chat import end_id
 from fastgpt.checkpoint import Checkpoint, load_checkpoint
-from fastgpt.config import DataConfig, ModelConfig
+from fastgpt.config import DataConfig, ModelConfig, StageConfig
 from fastgpt.data.batches import (
     TokenizedData,
     embedded_text,
@@ -25,20 +28,38 @@ from fastgpt.distributed import World, pick_device
 from fastgpt.errors import DataError, UsageError
 from fastgpt.hardware import compute_dtype
 from fastgpt.model import GPT
-from fastgpt.progress import task
+from fastgpt.progress import ReadThenWork, task
 from fastgpt.rundir import RunDir, write_atomic
 from fastgpt.tokenizer import Tokenizer, train_sentencepiece
 from fastgpt.trainer import load_weights
 
 
-def open_run(config: Any, world: World, name: str) -> RunDir:
-    """The directory of a stage's run: a new one with its config.toml, or the one to go on with.
+@contextmanager
+def preparing(config: Any, world: World, name: str) -> Iterator[tuple[RunDir, Checkpoint | None]]:
+    """The directory of a stage's run, and the checkpoint that it goes on from.
+
+    The stage prepares its parts inside: the processes wait for each other at the end, what fails in
+    one fails in all, and a new directory is emptied again when something does, so that the command
+    can be given once more. The random generators begin with ``train.seed``; their state is part of
+    a checkpoint.
 
     Args:
-        config: of the stage, with ``train.out`` and ``resume``.
+        config: of the stage, with ``train`` and ``resume``.
         world: rank 0 makes the directory.
         name: of the directory below ``runs/`` without ``--out``.
     """
+    run = _open_run(config, world, name)
+    with world.together():
+        checkpoint = resume_from(run) if config.resume else None
+    new = world.rank == 0 and not config.resume
+    with run.emptied_on_error() if new else nullcontext(), world.together():
+        random.seed(config.train.seed)
+        torch.manual_seed(config.train.seed)
+        yield run, checkpoint
+
+
+def _open_run(config: Any, world: World, name: str) -> RunDir:
+    """A new directory with its config.toml, or that of the run to go on with."""
     with world.together():
         if config.resume:
             return RunDir.open(config.resume)
@@ -78,6 +99,28 @@ def load_model(
     model.to_empty(device=where)
     load_weights(model, checkpoint)
     return model.eval(), load_tokenizer(run)
+
+
+def load_init(config: StageConfig, run: RunDir, world: World) -> tuple[GPT, Tokenizer]:
+    """Model and tokenizer of ``--init``, for inference. Raises as `load_model`."""
+    if config.init is None:
+        raise UsageError(f"{run.path}: its config.toml names no run to start from; give --init RUN")
+    return load_model(config.init, device=str(world.device), dtype=config.train.dtype)
+
+
+def load_chat_init(config: StageConfig, run: RunDir, world: World) -> tuple[GPT, Tokenizer]:
+    """As `load_init`, of a model that was finetuned on chats; its tokenizer becomes the run's."""
+    model, tokenizer = load_init(config, run, world)
+    end_id(tokenizer)  # or it says what is missing
+    if world.rank == 0:
+        tokenizer.save(run.tokenizer_path)
+    return model, tokenizer
+
+
+def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise DataError unless a checkpoint's state is that of the data at hand."""
+    if saved != now:
+        raise DataError("--data is not what this run began with; a resumed run needs the same")
 
 
 def prepare_data(
@@ -120,24 +163,23 @@ def _make_tokenizer(
     if config.tokenizer is not None:
         tokenizer = Tokenizer.from_file(config.tokenizer)
     else:
-        with task("train tokenizer: read", documents.bytes_total) as bar:
-            texts = _texts(documents, bar)
-            try:
+        bars = ReadThenWork("train tokenizer: read", documents.bytes_total, "train tokenizer")
+        texts = bars.reading(
+            (document.text for document in documents), lambda: documents.bytes_done
+        )
+        try:
+            with bars:
                 if config.tokenizer_kind == "sentencepiece":
                     model_path = run.tokenizer_path.with_suffix(".model")
                     tokenizer = train_sentencepiece(texts, vocab_size, model_path)
                 else:
-                    tokenizer = Tokenizer.train(texts, vocab_size, pattern=config.pattern)
-            except ValueError as error:
-                raise UsageError(f"--vocab-size {vocab_size}: {error}") from error
+                    tokenizer = Tokenizer.train(
+                        texts, vocab_size, pattern=config.pattern, progress=bars.update
+                    )
+        except ValueError as error:
+            raise UsageError(f"--vocab-size {vocab_size}: {error}") from error
     tokenizer.save(run.tokenizer_path)
     return tokenizer
-
-
-def _texts(documents: Documents, bar: Any) -> Iterator[str]:
-    for document in documents:
-        yield document.text
-        bar.update(documents.bytes_done)
 
 
 def resume_from(run: RunDir) -> Checkpoint | None:

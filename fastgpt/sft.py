@@ -7,16 +7,14 @@ turn included; chats are packed into rows and never see each other.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fastgpt import cli
-from fastgpt.config import PretrainConfig, StageConfig, TrainConfig, check_passes
+from fastgpt.config import StageConfig, TrainConfig, check_passes
 from fastgpt.errors import DataError, UsageError
 from fastgpt.launch import launch
 from fastgpt.plan import batch_shape
@@ -93,26 +91,16 @@ def loss_fn(model: GPT, batch: Batch) -> Tensor:
 
 def sft(config: SFTConfig, world: World) -> None:
     """Prepare model and data, train, evaluate, sample, report."""
-    import torch
-
     from fastgpt.data.packing import all_batches, step_batches
     from fastgpt.lora import LoRAGPT
-    from fastgpt.run import open_run, resume_from
+    from fastgpt.run import preparing
     from fastgpt.trainer import train
 
-    run = open_run(config, world, "sft")
-    with world.together():
-        checkpoint = resume_from(run) if config.resume else None
-    new_run = world.rank == 0 and not config.resume
-    with run.emptied_on_error() if new_run else contextlib.nullcontext():
-        random.seed(config.train.seed)  # its state is part of a checkpoint
-        torch.manual_seed(config.train.seed)
-        with world.together():
-            config, model, tokenizer = _start(config, run, world, checkpoint)
-        with world.together():
-            config, data = _prepare(config, tokenizer, run, world)
+    with preparing(config, world, "sft") as (run, checkpoint):
+        config, model, tokenizer = _start(config, run, world, checkpoint)
+        config, data = _prepare(config, tokenizer, run, world)
     settings = config.train
-    batch_size, micro = batch_shape(cast(PretrainConfig, config), world)
+    batch_size, micro = batch_shape(config.model, settings, world)
     bytes_per_id = tokenizer.bytes_per_id()
     ranks = {"rank": world.rank, "world_size": world.size}
     max_batches = -(-settings.eval_tokens // (micro * data.train.seq_len)) or None
@@ -125,7 +113,7 @@ def sft(config: SFTConfig, world: World) -> None:
     def evaluate() -> dict[str, float]:
         from fastgpt.evaluation import evaluate_loss
 
-        val = cast(Any, all_batches(data.val, micro, max_batches, **ranks)) if data.val else ()
+        val = all_batches(data.val, micro, max_batches, **ranks) if data.val else ()
         return evaluate_loss(model, val, loss_fn, bytes_per_id, world)
 
     result = train(
@@ -156,7 +144,7 @@ def _start(
     from fastgpt.hardware import compute_dtype
     from fastgpt.lora import LoRAGPT
     from fastgpt.model import GPT
-    from fastgpt.run import load_model, load_tokenizer
+    from fastgpt.run import load_init, load_tokenizer
 
     dtype = compute_dtype(config.train.dtype, world.device)
     alpha = config.lora_alpha or 2.0 * config.lora_rank
@@ -170,9 +158,7 @@ def _start(
         added = len(checkpoint.tensors["lora"].get("wte.added", ()))
         model = LoRAGPT(config.model, dtype, config.lora_rank, alpha, added)
         return config, model.to(world.device), load_tokenizer(run)
-    if config.init is None:
-        raise UsageError(f"{run.path}: it has no checkpoint, and no run to start from")
-    base, old = load_model(config.init, device=str(world.device), dtype=config.train.dtype)
+    base, old = load_init(config, run, world)
     tokenizer = with_chat_tokens(old)
     # A model may have rows for more ids than its tokenizer has.
     rows = max(tokenizer.vocab_size, base.config.vocab_size)
@@ -224,15 +210,16 @@ class _Data:
         return {}
 
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        if state != self.state():
-            raise DataError("--data is not what this run began with; a resumed run needs the same")
+        from fastgpt.run import check_same_data
+
+        check_same_data(state, self.state())
 
 
 def _prepare(
     config: SFTConfig, tokenizer: Tokenizer, run: RunDir, world: World
 ) -> tuple[SFTConfig, _Data]:
     """Training and validation set, and the configuration with what they decide."""
-    from fastgpt.data.batches import check_batches
+    from fastgpt.data.batches import check_sizes
     from fastgpt.data.examples import embedded, read_chats
     from fastgpt.data.packing import PackedExamples
     from fastgpt.run import save_config
@@ -245,14 +232,15 @@ def _prepare(
     chats = read_chats(config.data or (embedded("sft"),))
     held_out, learned = split(chats, config.val_fraction, config.train.seed)
     said = print if world.rank == 0 else _nothing
-    train_set = PackedExamples(
-        encode(learned, tokenizer, seq_len, config.on_long, said), seq_len, seed=config.train.seed
-    )
+    examples = encode(learned, tokenizer, seq_len, config.on_long, said)
+    if not examples:
+        raise DataError("no chat is left to learn from; give shorter ones, or raise --seq-len")
+    train_set = PackedExamples(examples, seq_len, seed=config.train.seed)
     val = encode(held_out, tokenizer, seq_len, "skip", _nothing)
     val_set = PackedExamples(val, seq_len, seed=config.train.seed) if val else None
-    batch_size, micro = batch_shape(cast(PretrainConfig, config), world)
+    batch_size, micro = batch_shape(config.model, config.train, world)
     sizes = {"batch_size": batch_size, "micro_batch_size": micro, "world_size": world.size}
-    check_batches(cast(Any, train_set), **sizes)
+    check_sizes(seq_len, **sizes)
     if not config.train.steps:
         steps = max(1, round(config.epochs * len(train_set) / batch_size))
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
@@ -335,25 +323,18 @@ def finish(
     evaluation: dict[str, float],
 ) -> None:
     """Print answers to held-out prompts and results, write the report."""
-    from fastgpt.chat import end_id, render_prompt
-    from fastgpt.generate import SamplingConfig, generate
+    from fastgpt.answers import print_answers
+    from fastgpt.chat import render_prompt
     from fastgpt.report import environment, write_report
 
-    samples = []
+    asked = []
     room = model.config.context // 2
     for chat in held_out:
         first = next(i for i, m in enumerate(chat.messages) if m["role"] == "assistant")
         prompt = render_prompt(tokenizer, chat.messages[:first])
-        if first and len(prompt) <= room and len(samples) < SAMPLES:
-            samples.append((chat.messages[first - 1]["content"], prompt))
-    texts: list[dict[str, str]] = []
-    if samples:
-        sampling = SamplingConfig(max_new_tokens=config.train.sample_tokens, temperature=0.0)
-        stop_ids = (end_id(tokenizer), tokenizer.eot_id)
-        new = generate(model, [prompt for _, prompt in samples], sampling, stop_ids=stop_ids)
-        for (question, _), ids in zip(samples, new, strict=True):
-            texts.append({"prompt": question, "text": tokenizer.decode(ids)})
-            print(f"\n> {question}|{texts[-1]['text']}")
+        if first and len(prompt) <= room and len(asked) < SAMPLES:
+            asked.append((chat.messages[first - 1]["content"], prompt))
+    texts = print_answers(model, tokenizer, asked, config.train.sample_tokens)
     report = write_report(run, texts, cli.to_tree(config), environment())
     if evaluation:
         loss, bits = evaluation["val_loss"], evaluation["val_bpb"]

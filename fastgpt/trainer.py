@@ -181,7 +181,8 @@ def train(
     """
     loop = _Loop(model, loss_fn, config, optim, world, seq_len, stage_state)
     if resume is not None:
-        loop.restore(resume)
+        with world.together():
+            loop.restore(resume)
     if stop_at is not None and stop_at <= loop.state.step:
         raise UsageError(f"--stop-at {stop_at}: the run is at step {loop.state.step} already")
     rank0 = world.rank == 0

@@ -26,7 +26,7 @@ ARROWS = """
     model       model optim lora decoder                <- errors config
     checkpoint  tensorfile manifest checkpoint          <- errors
     trainer     trainer evaluation loss                 <- errors config data output machine model checkpoint
-    run         run launch plan generate export convert modeling_fastgpt                <- errors config data output machine model checkpoint trainer tokenizer
+    run         run launch plan generate answers export convert modeling_fastgpt                <- errors config data output machine model checkpoint trainer tokenizer
     post        preference rl                           <- errors config data output machine model checkpoint trainer tokenizer run
     assess      assess                                  <- errors config data output machine model checkpoint trainer tokenizer run post
     stage       pretrain sft evaluate reward dpo pipeline ppo <- errors config data output machine model checkpoint trainer tokenizer run post assess

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -55,22 +54,14 @@ class Train:
     def run(self) -> None:
         """Train, save and say what came out."""
         from fastgpt.data.documents import read_documents
-        from fastgpt.progress import task
+        from fastgpt.progress import ReadThenWork
         from fastgpt.tokenizer import Tokenizer
 
         documents = read_documents(self.files, text_key=self.text_key)
-        with ExitStack() as stack:
-            bars = []
-
-            def texts() -> Iterable[str]:
-                with task("read", documents.bytes_total) as bar:
-                    for document in documents:
-                        yield document.text
-                        bar.update(documents.bytes_done)
-                bars.append(stack.enter_context(task("merge", 1)))
-
+        texts = (document.text for document in documents)
+        with ReadThenWork("read", documents.bytes_total, "merge") as bars:
             tokenizer = Tokenizer.train(
-                texts(),
+                bars.reading(texts, lambda: documents.bytes_done),
                 self.vocab_size,
                 pattern=self.pattern,
                 special_tokens=self.special_tokens,
@@ -79,7 +70,7 @@ class Train:
                 max_token_length=self.max_token_length,
                 initial_alphabet=self.initial_alphabet,
                 num_threads=self.threads,
-                progress=lambda done, total: bars[0].update(done / max(total, 1)),
+                progress=bars.update,
             )
         tokenizer.save(self.out)
         print(f"{self.out}: {tokenizer.vocab_size} ids, hash {tokenizer.hash[:12]}")

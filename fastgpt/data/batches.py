@@ -36,6 +36,7 @@ __all__ = [
     "TokenizedData",
     "bytes_of",
     "check_batches",
+    "check_sizes",
     "embedded_text",
     "find_tokenized",
     "open_shard",
@@ -123,8 +124,18 @@ def check_batches(
 ) -> None:
     """Check once, before training, that `step_batches` can serve these sizes.
 
-    Raises UsageError when a step does not come out even, DataError when the data holds no window.
+    Raises UsageError as `check_sizes`, DataError when the data holds no window.
     """
+    check_sizes(dataset.seq_len, batch_size, micro_batch_size, world_size)
+    if len(dataset) == 0:
+        raise DataError(
+            f"{dataset.shards[0].path}: {dataset.tokens} tokens, one sample takes seq_len + 1 = "
+            f"{dataset.seq_len + 1}; give more text or lower --seq-len"
+        )
+
+
+def check_sizes(seq_len: int, batch_size: int, micro_batch_size: int, world_size: int) -> None:
+    """Raise UsageError when a step does not come out even in micro-batches and processes."""
     share = micro_batch_size * world_size
     if min(batch_size, micro_batch_size, world_size) < 1:
         sizes = f"batch {batch_size}, micro-batch {micro_batch_size}, {world_size} processes"
@@ -134,12 +145,7 @@ def check_batches(
         raise UsageError(
             f"a step of {batch_size} sequences does not split into micro-batches of "
             f"{micro_batch_size} on {world_size} processes; make it a multiple of {share}, "
-            f"e.g. {near} ({near * dataset.seq_len} tokens), or change the micro-batch"
-        )
-    if len(dataset) == 0:
-        raise DataError(
-            f"{dataset.shards[0].path}: {dataset.tokens} tokens, one sample takes seq_len + 1 = "
-            f"{dataset.seq_len + 1}; give more text or lower --seq-len"
+            f"e.g. {near} ({near * seq_len} tokens), or change the micro-batch"
         )
 
 

@@ -6,7 +6,7 @@
 
 ``.txt`` and ``.jsonl`` may carry ``.gz`` or ``.xz`` behind. Text is UTF-8, with or without a byte
 order mark; CRLF line ends become LF, and the line end that closes a text is not part of it. Files
-are streamed: memory is bounded by the longest line and by ``PIECE_BYTES``, not by the file.
+are streamed: memory is bounded by the longest line and by four ``PIECE_BYTES``, not by the file.
 """
 
 from __future__ import annotations
@@ -286,7 +286,11 @@ class _Piece:
         self.size += len(raw)
 
     def can_end_before(self, raw: bytes) -> bool:
-        """Whether to cut here: the piece is long, and no run of white space is torn apart."""
+        """Whether to cut here: the piece is long, and no run of white space is torn apart.
+
+        A cut inside such a run changes how its tokens come out, so a piece waits for a better one,
+        in ordinary text the next line. Four times the size is too much to go on waiting.
+        """
         if self.size < PIECE_BYTES or raw.startswith(SEPARATOR):
             return False
         last_line = self.parts[-1][:-1].rpartition(b"\n")[2]

@@ -16,9 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.chat import end_id, render_prompt
-from fastgpt.config import TrainConfig
+from fastgpt.config import RankingConfig
 from fastgpt.data.batches import IGNORE_INDEX
 from fastgpt.data.examples import embedded
 from fastgpt.data.order import mix64, permute
@@ -35,6 +34,8 @@ from fastgpt.data.rankings import Ranking, read_rankings, untied
 from fastgpt.distributed import World
 from fastgpt.errors import DataError, UsageError
 from fastgpt.tokenizer import Tokenizer
+
+C = TypeVar("C", bound=RankingConfig)
 
 _CHUNK = 256  # comparisons that are packed together when all are gone through
 
@@ -322,52 +323,46 @@ class Prepared:
 
 
 def prepare(
-    paths: Sequence[Path],
-    tokenizer: Tokenizer,
-    settings: TrainConfig,
-    *,
-    context: int,
-    val_fraction: float,
-    batch_prompts: int | None,
-    on_long: Literal["error", "skip"],
-    world: World,
-    needs_scores: str = "",
-) -> Prepared:
+    config: C, tokenizer: Tokenizer, world: World, *, needs_scores: str = ""
+) -> tuple[C, Prepared]:
     """Read, split, encode and pack rankings; rank 0 says how many there are.
 
+    Held-out prompts that are too long are left out, whatever ``--on-long`` says.
+
     Args:
-        paths: files; without any, the embedded rankings.
+        config: of the stage, with the model's shape.
         tokenizer: with the chat's tokens.
-        settings: lengths, batch and seed.
-        context: of the model.
-        val_fraction: part of the prompts that is held out.
-        batch_prompts: prompts of a step, None for what ``settings.batch_tokens`` hold.
-        on_long: see `encode`; held-out prompts that are too long are left out.
         world: its size divides a step.
         needs_scores: the flag that has no meaning for rankings without scores.
+
+    Returns:
+        The configuration with the steps and the prompts of a step, and the data.
     """
-    seq_len = row_length(settings.seq_len, context)
-    rankings = read_rankings(paths or (embedded("rankings"),))
+    settings = config.train
+    seq_len = row_length(settings.seq_len, config.model.context)
+    rankings = read_rankings(config.data or (embedded("rankings"),))
     bad = next((r for r in rankings if needs_scores and not r.scored), None)
     if bad is not None:
         where = f"{bad.source}:{bad.line}"
         raise UsageError(f"{needs_scores} needs 'scores', and {where} has none; leave it out")
     say = print if world.rank == 0 else _nothing
     kept = untied(rankings)
-    held_out, learned = split(kept, val_fraction, settings.seed)
+    held_out, learned = split(kept, config.val_fraction, settings.seed)
     rows = micro_rows(settings.micro_batch, seq_len, world.device)
-    comparisons = encode(learned, tokenizer, seq_len, on_long, say)
+    comparisons = encode(learned, tokenizer, seq_len, config.on_long, say)
     train = PackedComparisons(comparisons, seq_len, rows, seed=settings.seed)
     held = encode(held_out, tokenizer, seq_len, "skip", _nothing)
     val = PackedComparisons(held, seq_len, rows) if held else None
-    prompts = prompts_per_step(train, batch_prompts, settings.batch_tokens, world.size)
+    prompts = prompts_per_step(train, config.batch_prompts, settings.batch_tokens, world.size)
+    steps = settings.steps or max(1, round(config.epochs * len(train) / prompts))
     tied = len(rankings) - len(kept)
     say(
         f"{len(train)} rankings with {train.n_answers} answers and "
         f"{sum(len(c.pairs) for c in comparisons)} pairs, {prompts} a step; {len(held)} held out"
         + (f"; {tied} left out, for all their answers are tied" if tied else "")
     )
-    return Prepared(train, val, prompts)
+    config = replace(config, batch_prompts=prompts, train=replace(settings, steps=steps))
+    return config, Prepared(train, val, prompts)
 
 
 def _nothing(message: str) -> None:

@@ -32,11 +32,13 @@ class RLConfig:
     """Longest response."""
     temperature: float = 1.0
     """Of sampling, and of every log-probability."""
-    kl_controller: Literal["adaptive", "fixed"] = "adaptive"
-    """adaptive: the coefficient follows the KL to --kl-target; fixed: it stays."""
-    kl_coef: float = 0.05
-    """Of the KL to the model this run starts from: per token in the reward; with grpo in the loss.
-    """
+    kl_controller: Literal["adaptive", "fixed"] | None = None
+    """adaptive: the coefficient follows the KL to --kl-target; fixed: it stays; default: fixed for
+    grpo, else adaptive."""
+    kl_coef: float | None = None
+    """Of the KL to the model this run starts from: per token in the reward, with grpo in the loss;
+    default: 0.04 for grpo (as published; 0 where a reward cannot be deceived), else 0.05, with
+    which the controller begins."""
     kl_target: float = 6.0
     """KL, summed over a response, that the adaptive controller aims at (nats)."""
     kl_horizon: int = 10000
@@ -86,7 +88,7 @@ class RLConfig:
         least |= dict.fromkeys(("vf_coef", "entropy_coef", "kl_stop", "missing_end_penalty"), 0.0)
         for name, bound in least.items():
             value = getattr(self, name)
-            if not bound <= value < math.inf:
+            if value is not None and not bound <= value < math.inf:
                 raise UsageError(f"{_flag(name, value)}: it must be at least {bound:g}")
         for name in ("temperature", "kl_target", "clip", "value_clip", "score_clip"):
             value = getattr(self, name)
@@ -115,6 +117,24 @@ class RLConfig:
         if self.group is None:
             return 8 if self.in_groups else 1
         return self.group
+
+    @property
+    def adapts_kl(self) -> bool:
+        """Whether the KL coefficient follows the KL.
+
+        A target for the KL of a whole response has a meaning where the KL is part of the reward.
+        GRPO's is a mean over tokens in the loss, and its coefficient was published as a constant.
+        """
+        if self.kl_controller is None:
+            return self.algorithm != "grpo"
+        return self.kl_controller == "adaptive"
+
+    @property
+    def first_kl_coef(self) -> float:
+        """The KL coefficient that a run begins with."""
+        if self.kl_coef is None:
+            return 0.04 if self.algorithm == "grpo" else 0.05
+        return self.kl_coef
 
     @property
     def minibatch(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastgpt.data.batches import PackedDataset
 from fastgpt.data.order import mix64, permute
 from fastgpt.distributed import World
-from fastgpt.errors import DataError
+from fastgpt.errors import DataError, UsageError
 from fastgpt.model import GPT
 from fastgpt.rl import formulas
 from fastgpt.rl.actor_critic import ActorCritic, LossWeights, UpdateStats, summed_loss
@@ -52,6 +52,10 @@ class Problem:
     micro: int
     """Rows of one training pass."""
     ptx: PackedDataset | None = None
+    reward: nn.Module | None = None
+    """The frozen reward model among what ``scorer`` asks, if any."""
+    sources: Mapping[str, object] = field(default_factory=dict)
+    """Flag -> what it names, for messages."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,13 @@ class Experience:
             config.kl_loss,
             config.temperature,
         )
-        self.kl_coef = config.kl_coef
+        self.kl_coef = config.first_kl_coef
         self.generator = torch.Generator().manual_seed(problem.seed)
         self.rollout: Rollout | None = None
         self.rollouts = self.cursor = self.step = 0
         self.stopped = False
         self.values: dict[str, float] = {}
-        self.fingerprint = _fingerprint(problem)
+        self.inputs = _inputs(problem)
 
     # Batches and loss
 
@@ -176,7 +180,7 @@ class Experience:
                 columns["old_values"], columns["returns"], rows.mask_BR
             )
         rollout = Rollout(rows, columns, self.kl_coef)
-        if config.kl_controller == "adaptive":
+        if config.adapts_kl:
             self.kl_coef = formulas.adapted_kl_coef(
                 self.kl_coef,
                 self.values["kl"],
@@ -296,7 +300,7 @@ class Experience:
     def state(self) -> dict[str, Any]:
         """See `fastgpt.trainer.StageState`."""
         return {
-            "data": self.fingerprint,
+            "inputs": self.inputs,
             "step": self.step,
             "rollouts": self.rollouts,
             "cursor": self.cursor,
@@ -317,12 +321,11 @@ class Experience:
         return tensors
 
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Go on from there. Raises DataError for other prompts, another reference or reward."""
-        if state["data"] != self.fingerprint:
-            raise DataError(
-                "--init, --reward or --prompts are not what this run began with; a resumed run "
-                "needs the same"
-            )
+        """Go on from there.
+
+        Raises DataError for other prompts, UsageError for another reference or reward model.
+        """
+        _check_inputs(state["inputs"], self.inputs, self.problem.sources)
         self.step, self.rollouts, self.cursor = (
             state[name] for name in ("step", "rollouts", "cursor")
         )
@@ -372,12 +375,37 @@ def _rollout_metrics(
     }
 
 
-def _fingerprint(problem: Problem) -> str:
-    """Of the prompts and the frozen reference."""
-    digest = hashlib.sha256(weights_hash(problem.reference).encode())
+def _inputs(problem: Problem) -> dict[str, str]:
+    """SHA-256 of what a resumed run reads again and must find as it was, by the flag it is from."""
+    digest = hashlib.sha256()
     for prompt in (*problem.prompts, [-1], *problem.held_out):
         digest.update(np.asarray([len(prompt), *prompt], dtype=np.int64).tobytes())
-    return digest.hexdigest()
+    found = {"--prompts": digest.hexdigest(), "--init": weights_hash(problem.reference)}
+    if problem.reward is not None:
+        found["--reward"] = weights_hash(problem.reward)
+    return found
+
+
+def _check_inputs(
+    saved: Mapping[str, str], now: Mapping[str, str], sources: Mapping[str, object]
+) -> None:
+    """Raise UsageError or DataError unless all inputs are those of the checkpoint."""
+    for flag in sorted(saved.keys() | now.keys()):
+        if saved.get(flag) == now.get(flag):
+            continue
+        named = f"{flag} {sources[flag]}" if flag in sources else flag
+        if flag == "--prompts":
+            raise DataError(
+                f"{named}: the prompts are not what this run began with; a resumed run needs the "
+                "same"
+            )
+        if flag not in saved or flag not in now:
+            less = "had none" if flag in now else "had one"
+            raise UsageError(f"{named}: this run {less} when it began; resume it as it was")
+        raise UsageError(
+            f"{named}: the weights there are not those that this run began with; put that model "
+            "back, or name where it is now, or begin a new run with another --out"
+        )
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -183,6 +183,34 @@ def test_zero_grad():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_clipping_multiplies_only_what_is_too_long(monkeypatch):
+    """Bit for bit what a product with min(1, limit / norm) gives, also close to the limit."""
+    model = with_gradients()
+
+    def shrunken() -> list[torch.Tensor]:
+        new_gradients(model, 1)  # so small that the 1e-6 in the quotient shows
+        for parameter in model.parameters():
+            parameter.grad *= 1e-3
+        return [p.grad.clone() for p in model.parameters()]
+
+    shrunken()
+    norm = clip_gradients(model, 0.0)
+    multiplied = []
+    scale = torch.nn.utils.clip_grads_with_norm_
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grads_with_norm_", lambda *a: (multiplied.append(1), scale(*a))
+    )
+    step = torch.finfo(torch.float32).eps * norm
+    for limit in (norm - step, norm, norm + step, norm + 1e-6, norm + 8 * step, 2 * norm):
+        expected = shrunken()
+        torch._foreach_mul_(expected, torch.clamp(limit.item() / (norm + 1e-6), max=1.0))
+        multiplied.clear()
+        assert clip_gradients(model, limit.item()) == norm
+        for parameter, gradient in zip(model.parameters(), expected, strict=True):
+            assert torch.equal(parameter.grad, gradient)
+        assert bool(multiplied) == (limit < norm + 1e-6)
+
+
 @pytest.mark.parametrize(("limit", "kept"), [(1.0, False), (0.0, True), (1e9, True)])
 def test_clipping(limit, kept):
     model = with_gradients()

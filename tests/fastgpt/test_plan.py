@@ -80,4 +80,4 @@ def test_every_preset_has_a_plan(name):
 )
 def test_batch_shape(tokens, micro_batch, device, size, expected):
     config = configuration("cpu-tiny", batch_tokens=tokens, micro_batch=micro_batch)
-    assert batch_shape(config, World(0, size, torch.device(device))) == expected
+    assert batch_shape(config.model, config.train, World(0, size, torch.device(device))) == expected

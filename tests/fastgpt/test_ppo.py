@@ -301,6 +301,28 @@ def test_the_kl_coefficient_follows_the_kl():
     assert fixed.kl_coef == 0.1
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "coef", "adapts"),
+    [("ppo", 0.05, True), ("rloo", 0.05, True), ("reinforce", 0.05, True), ("grpo", 0.04, False)],
+)
+def test_the_kl_coefficient_by_default(algorithm, coef, adapts):
+    """GRPO's is the constant of its publication; where the KL is a reward, a controller."""
+    config = dataclasses.replace(
+        SMALL, algorithm=algorithm, group=None, kl_coef=None, kl_target=50.0, kl_horizon=100
+    )
+    experience = make(config)
+    batch = experience.batches(0)[0]
+    assert experience.values["kl_coef"] == coef
+    assert (experience.kl_coef != coef) == adapts
+    if algorithm == "grpo":
+        assert batch["kl_loss_coef"] == torch.tensor(coef)
+    chosen = dataclasses.replace(config, kl_coef=0.3, kl_controller="adaptive")
+    experience = make(chosen)
+    experience.batches(0)
+    assert experience.values["kl_coef"] == 0.3
+    assert experience.kl_coef < 0.3
+
+
 def test_the_value_model_can_learn_alone_first():
     experience = make(dataclasses.replace(SMALL, critic_warmup=1))
     update(experience, 0)
@@ -363,16 +385,32 @@ def test_state_brings_back_a_run_in_the_middle_of_its_epochs(steps):
         assert whole.state() == resumed.state()
 
 
-def test_state_of_another_run_is_refused():
-    experience = make()
-    other = make()
-    move(other)
-    other.load(experience.state(), experience.tensors())  # the policy moves, the reference does not
+@pytest.mark.parametrize("changed", ["reference", "reward", "prompts", "no reward"])
+def test_state_of_another_run_is_refused(changed):
+    reward = RewardModel(SHAPE)
+    sources = {"--init": "runs/sft", "--reward": "runs/rm"}
+    experience = make(reward=reward, sources=sources)
+    state = json.loads(json.dumps(experience.state()))
+    move(experience)  # the policy moves, what the run began with does not
+    problem = experience.problem
+    Experience(SMALL, problem, ALONE).load(state, experience.tensors())
     with torch.no_grad():
-        other.problem.reference.wte.weight.add_(1e-3)
-    moved = Experience(SMALL, other.problem, ALONE)
-    with pytest.raises(DataError, match="not what this run began with"):
-        moved.load(experience.state(), experience.tensors())
+        if changed == "reference":
+            problem.reference.wte.weight[3, 4] += 1e-3
+        elif changed == "reward":
+            reward.bias += 1e-3  # trained alike, normalised otherwise
+        elif changed == "prompts":
+            problem = dataclasses.replace(problem, prompts=[*PROMPTS[:9], [4, 4]])
+        else:
+            problem = dataclasses.replace(problem, reward=None)
+    kind, message = {
+        "reference": (UsageError, "--init runs/sft: the weights there are not those that this run"),
+        "reward": (UsageError, "--reward runs/rm: the weights there are not those that this run"),
+        "prompts": (DataError, "--prompts: the prompts are not what this run began with"),
+        "no reward": (UsageError, "--reward runs/rm: this run had one when it began"),
+    }[changed]
+    with pytest.raises(kind, match=message):
+        Experience(SMALL, problem, ALONE).load(state, experience.tensors())
 
 
 @pytest.mark.parametrize(
