@@ -1,7 +1,7 @@
 # Each target sets up .venv by itself: Python >= 3.11, a C++17 compiler and make are all it takes.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: train demo test full acceptance bench check clean
@@ -32,7 +32,7 @@ check: .venv/dev  ## lint, format, types, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/codespell
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/attend/*
 
 .venv/%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -4,7 +4,7 @@ At one token a row a model is bound by reading its weights and by the number of 
 arithmetic. So the weights are cast to the compute dtype once, keys and values have their place from
 the start, and a step is few operations.
 
-Shape suffixes: B rows, S positions so far, H query heads, K key/value heads, D head, V vocabulary.
+Shape suffixes: B rows, C n_embd, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgpt.cached_attention import CachedAttention, cached_attention, light_norm
 from fastgpt.errors import UsageError
-from fastgpt.model import GPT, MLP, Attention, Block, KVCache, Linear, Norm, Rotary
+from fastgpt.model import GPT, MLP, Block, KVCache, Linear
 
 DRAW_GROUP = 128
 """Ids whose probabilities `draw` adds up first."""
@@ -32,6 +33,7 @@ class Decoder:
     """
 
     cache: KVCache
+    attend: CachedAttention
 
     @torch.no_grad()
     def __init__(self, model: GPT):
@@ -47,8 +49,6 @@ class Decoder:
             memo[id(model.head)] = self.head
         self.model = copy.deepcopy(model, memo).eval()
         self.blocks = [cast(Block, block) for block in self.model.blocks]
-        self.bias: Tensor | None = None
-        self.angles: Rotary | None = None
 
     @torch.inference_mode()
     def start(self, prompts: Sequence[Sequence[int]], n_new: int) -> Tensor:
@@ -68,16 +68,8 @@ class Decoder:
         padded = [[0] * (longest - len(p)) + list(p) for p in prompts]
         starts_B = torch.tensor([longest - len(p) for p in prompts], device=device)
         self.cache = KVCache(self.model, len(prompts), longest + n_new, starts_B)
-        self.bias = None
-        if longest > min(map(len, prompts)):
-            places = torch.arange(longest + n_new, device=device)
-            hidden = places < starts_B[:, None, None, None]
-            self.bias = torch.zeros(hidden.shape, dtype=self.model.compute_dtype, device=device)
-            self.bias.masked_fill_(hidden, float("-inf"))
-        angles = self.model.rotary(torch.arange(longest + n_new, device=device))
-        if angles is not None:
-            cos, sin = angles
-            self.angles = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        self.attend = cached_attention(self.model, self.cache)
+        self.padded = longest > min(map(len, prompts))
         tokens_BT = torch.tensor(padded, dtype=torch.int64, device=device)
         with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
             hidden_BTC = self.model(tokens_BT, cache=self.cache)
@@ -86,28 +78,23 @@ class Decoder:
     @torch.inference_mode()
     def step(self, tokens_B: Tensor) -> Tensor:
         """Append a token to each row; float32 logits (B, V) of the next."""
-        model, place = self.model, self.cache.length
-        # Without padding all rows are at one place, and what depends on it is a row of a table.
-        at: int | Tensor = place if self.bias is None else place - self.cache.start_B
+        model, cache = self.model, self.cache
         x_BC = F.embedding(tokens_B, model.wte.weight)
         if model.wpe is not None:
+            at = cache.length - cache.start_B if self.padded else cache.length
             x_BC = x_BC + model.wpe.weight[at]
-        x_BC = _norm(model.embed_norm, x_BC.to(model.compute_dtype))
-        angles = None
-        if self.angles is not None:
-            cos, sin = (table[at] for table in self.angles)
-            angles = (cos, sin) if isinstance(at, int) else (cos[:, None], sin[:, None])
+        x_BC = light_norm(model.embed_norm, x_BC.to(model.compute_dtype))
         for block in self.blocks:
-            h = _norm(block.attn_norm, x_BC)
-            attended = self._attend(block.attn, h, angles)
+            h = light_norm(block.attn_norm, x_BC)
+            attended = self.attend(block.attn, h)
             proj = cast(_Linear, block.attn.proj)
             if block.mlp_norm is None:
                 x_BC = _feed(block.mlp, h, proj.add(attended, x_BC))
             else:
                 x_BC = proj.add(attended, x_BC)
-                x_BC = _feed(block.mlp, _norm(block.mlp_norm, x_BC), x_BC)
-        self.cache.length += 1
-        return self._logits(_norm(model.norm, x_BC))
+                x_BC = _feed(block.mlp, light_norm(block.mlp_norm, x_BC), x_BC)
+        cache.length += 1
+        return self._logits(light_norm(model.norm, x_BC))
 
     @torch.inference_mode()
     def keep(self, rows: Tensor) -> None:
@@ -115,55 +102,12 @@ class Decoder:
         cache = self.cache
         cache.keys, cache.values = cache.keys[:, rows], cache.values[:, rows]
         cache.start_B = cache.start_B[rows]
-        self.bias = None if self.bias is None else self.bias[rows]
-
-    def _attend(self, attn: Attention, h_BC: Tensor, angles: Rotary | None) -> Tensor:
-        """Attention of one new token a row; query heads of a key head stand as queries of it."""
-        cache, D = self.cache, attn.head_dim
-        B, end = len(h_BC), cache.length + 1
-        n_q, n_k, _ = (size // D for size in attn.sizes)
-        qk_BHD, v_BKD = attn.qkv(h_BC).view(B, -1, D).split((n_q + n_k, n_k), dim=1)
-        if isinstance(attn.q_norm, Norm) and attn.q_norm.weight is None:
-            qk_BHD = _norm(attn.q_norm, qk_BHD)
-        elif isinstance(attn.q_norm, Norm):
-            parts = (_norm(attn.q_norm, qk_BHD[:, :n_q]), _norm(attn.k_norm, qk_BHD[:, n_q:]))
-            qk_BHD = torch.cat(parts, dim=1)
-        if angles is not None:
-            qk_BHD = _rotate(qk_BHD, angles)
-        keys, values = cache.keys[attn.layer], cache.values[attn.layer]
-        keys[:, :, end - 1] = qk_BHD[:, n_q:]
-        values[:, :, end - 1] = v_BKD
-        first = 0 if attn.window is None else max(0, end - attn.window)
-        bias = None if self.bias is None else self.bias[..., first:end]
-        out_BKGD = F.scaled_dot_product_attention(
-            qk_BHD[:, :n_q].reshape(B, n_k, -1, D),
-            keys[:, :, first:end],
-            values[:, :, first:end],
-            attn_mask=bias,
-        )
-        return out_BKGD.reshape(B, -1)
+        self.attend = cached_attention(self.model, cache)
 
     def _logits(self, hidden_BC: Tensor) -> Tensor:
         logits = self.head(hidden_BC).float()
         cap = self.model.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm`` with less around it, where there is no kernel of our own to launch."""
-    if x.is_cuda or not isinstance(norm, Norm):
-        return norm(x)
-    if norm.kind == "layer_norm":
-        return F.layer_norm(x, norm.shape, norm.weight, norm.bias, norm.eps)
-    return F.rms_norm(x.float(), norm.shape, norm.weight, norm.eps).to(x.dtype)
-
-
-def _rotate(x_BHD: Tensor, angles: Rotary) -> Tensor:
-    """As `fastgpt.model.rotate`, by cosines and signed sines of the full width."""
-    cos, sin = angles
-    half = x_BHD.shape[-1] // 2
-    x = x_BHD.float()
-    return torch.addcmul(x * cos, x.roll(half, -1), sin).to(x_BHD.dtype)
 
 
 def _feed(mlp: MLP, h_BC: Tensor, residual_BC: Tensor) -> Tensor:

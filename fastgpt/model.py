@@ -59,8 +59,9 @@ class KVCache:
     def __init__(self, model: GPT, batch_size: int, capacity: int, start_B: Tensor):
         config, device = model.config, model.wte.weight.device
         shape = (config.n_layer, batch_size, config.kv_heads, capacity, config.attn_dim)
-        self.keys = torch.zeros(shape, dtype=model.compute_dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
+        # No place is read before it is written.
+        self.keys = torch.empty(shape, dtype=model.compute_dtype, device=device)
+        self.values = torch.empty_like(self.keys)
         self.start_B = start_B
         self.length = 0
 

@@ -23,7 +23,7 @@ ARROWS = """
     output      progress rundir chart page report       <- errors config
     commands    bpe.commands                            <- errors config data output tokenizer
     machine     memory hardware distributed             <- errors
-    model       model optim lora decoder                <- errors config
+    model       model optim lora decoder cached_attention _attend               <- errors config
     checkpoint  tensorfile manifest checkpoint          <- errors
     trainer     trainer evaluation loss                 <- errors config data output machine model checkpoint
     run         run launch plan generate answers export convert modeling_fastgpt                <- errors config data output machine model checkpoint trainer tokenizer
@@ -41,7 +41,7 @@ for line in ARROWS.strip().splitlines():
 
 TRAINER = sorted((ROOT / "fastgpt").glob("**/*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("**/*.py"))
-CORE = sorted(p for pattern in ("*.cpp", "*.h") for p in (ROOT / "csrc").glob(pattern))
+CORE = sorted(p for pattern in ("*.cpp", "*.h") for p in (ROOT / "csrc").rglob(pattern))
 GENERATED = {"unicode_ranges.h"}
 
 
@@ -69,7 +69,7 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT / "fastgpt").with_suffix("").parts)
 
 
-MODULES = {module_of(path) for path in TRAINER} | {"_bpe"}
+MODULES = {module_of(path) for path in TRAINER} | {"_bpe", "_attend"}
 
 
 def siblings(path: Path) -> set[str]:
@@ -116,11 +116,14 @@ def test_no_module_imports_itself_through_others():
     assert [module for module in graph if module in reached(module)] == []
 
 
-def test_only_the_tokenizer_uses_the_extension():
-    users = [module_of(path) for path in TRAINER if "_bpe" in siblings(path)]
-    assert users == ["bpe.byte_pair"]
+def test_one_module_uses_each_extension():
+    users = {
+        name: [module_of(path) for path in TRAINER if name in siblings(path)]
+        for name in ("_bpe", "_attend")
+    }
+    assert users == {"_bpe": ["bpe.byte_pair"], "_attend": ["cached_attention"]}
     python = [path.name for path in CORE if re.search(r"pybind11|Python\.h", path.read_text())]
-    assert python == ["bindings.cpp"]
+    assert set(python) == {"bindings.cpp", "python_ids.h"}
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)

@@ -88,7 +88,8 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel, source):
     tops = {name.split("/")[0] for name in found}
     assert tops == {"fastgpt", "fastgpt_kernels", "fastgpt_trainer-0.1.0.dist-info"}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    assert {"fastgpt/_bpe" + suffix, "fastgpt/_bpe.pyi"} <= found
+    for extension in ("_bpe", "_attend"):
+        assert {f"fastgpt/{extension}{suffix}", f"fastgpt/{extension}.pyi"} <= found
     assert {"fastgpt/py.typed", "fastgpt_kernels/py.typed"} <= found
     for package, folder in (("fastgpt", "fastgpt"), ("fastgpt_kernels", "kernels/fastgpt_kernels")):
         for path in (source / folder).rglob("*"):
