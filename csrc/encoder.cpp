@@ -140,22 +140,21 @@ void Encoder::Release::operator()(EncodeState* state) const {
 void Encoder::encode(std::string_view text, EncodeState& state, TokenBuffer& out) const {
   struct Place {
     ShortCache::Key key;
-    std::uint32_t place;
+    ShortCache::Bucket* bucket;
   };
   const PieceFinder find = piece_finder(vocabulary_.pattern);
-  ShortCache& cache = state.short_pieces;
   const std::uint8_t* ends[kMaxFound];
   Place places[kMaxFound];
   const auto* p = reinterpret_cast<const std::uint8_t*>(text.data());
   const auto* const end = p + text.size();
   while (p < end) {
     const std::size_t count = find(p, end, ends);
-    cache.make_room(count);
+    const ShortCache::View view = state.short_pieces.make_room(count);
     const std::uint8_t* begin = p;
     for (std::size_t i = 0; i < count; ++i) {
       const auto length = static_cast<std::size_t>(ends[i] - begin);
       places[i].key = ShortCache::make_key(begin, length, end);
-      places[i].place = cache.locate(places[i].key);
+      places[i].bucket = view.locate(places[i].key);
       if (length > ShortCache::kMaxLength && length <= LongCache::kMaxLength) {
         const std::uint32_t hash = LongCache::hash(begin, length, end);
         places[i].key.low = hash;  // no entry of the short cache has the other half of the key
@@ -165,12 +164,12 @@ void Encoder::encode(std::string_view text, EncodeState& state, TokenBuffer& out
     }
     std::uint32_t* ids = out.room(count * ShortCache::kMaxIds);
     for (std::size_t i = 0; i < count; ++i) {
-      const std::size_t found = cache.find(places[i].key, places[i].place, ids);
+      const std::size_t found = ShortCache::find(places[i].key, places[i].bucket, ids);
       ids += found;
       if (found == 0) {
         out.advance_to(ids);
-        encode_rare(p, static_cast<std::size_t>(ends[i] - p), places[i].key, places[i].place, state,
-                    out);
+        encode_rare(p, static_cast<std::size_t>(ends[i] - p), places[i].key, places[i].bucket,
+                    state, out);
         ids = out.room((count - i) * ShortCache::kMaxIds);
       }
       p = ends[i];
@@ -181,11 +180,11 @@ void Encoder::encode(std::string_view text, EncodeState& state, TokenBuffer& out
 
 // A piece that is not short, or has many ids, or is new.
 void Encoder::encode_rare(const std::uint8_t* p, std::size_t length, const ShortCache::Key& key,
-                          std::uint32_t place, EncodeState& state, TokenBuffer& out) const {
+                          ShortCache::Bucket* bucket, EncodeState& state, TokenBuffer& out) const {
   if (length > ShortCache::kMaxLength) {
     return encode_long(p, length, static_cast<std::uint32_t>(key.low), state, out);
   }
-  ShortCache::Entry* entry = state.short_pieces.look_around(key, place);
+  ShortCache::Entry* entry = state.short_pieces.look_around(key, bucket);
   if (entry) {
     std::size_t count = entry->count();
     const std::uint32_t* ids = entry->ids;
@@ -202,7 +201,7 @@ void Encoder::encode_rare(const std::uint8_t* p, std::size_t length, const Short
   const std::size_t count = out.size() - before;
   const bool few = count <= ShortCache::kMaxIds;
   if (!entry) {
-    entry = &state.short_pieces.insert(key, place, few ? count : ShortCache::kElsewhere);
+    entry = &state.short_pieces.insert(key, bucket, few ? count : ShortCache::kElsewhere);
   }
   if (few) {
     std::memcpy(entry->ids, ids, count * sizeof *ids);

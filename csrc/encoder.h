@@ -90,7 +90,7 @@ class Encoder {
   static constexpr std::size_t kShortMerge = 32;
 
   void encode_rare(const std::uint8_t* p, std::size_t length, const ShortCache::Key& key,
-                   std::uint32_t place, EncodeState& state, TokenBuffer& out) const;
+                   ShortCache::Bucket* bucket, EncodeState& state, TokenBuffer& out) const;
   void encode_long(const std::uint8_t* p, std::size_t length, std::uint32_t hash,
                    EncodeState& state, TokenBuffer& out) const;
   void merge_piece(const std::uint8_t* p, std::size_t length, EncodeState& state,

@@ -51,48 +51,65 @@ class ShortCache {
   // A count that says that the ids of an entry are what the user makes of them.
   static constexpr std::size_t kElsewhere = 8;
 
+  // Where an entry belongs.
+  struct Bucket {
+    Entry way[2];
+  };
+
+  // The table as it is until the next make_room().
+  struct View {
+    Bucket* buckets;
+    int shift;
+
+    // The memory starts to be fetched.
+    Bucket* locate(const Key& key) const {
+      // Multiplied apart, since two multiplications one after the other take twice as long.
+      const std::uint64_t hash = key.low * 0x9E3779B97F4A7C15ull ^ key.high * 0xD6E8FEB86659FD93ull;
+      Bucket* const bucket = buckets + (hash >> shift);
+#if defined(__GNUC__)
+      __builtin_prefetch(bucket);
+#endif
+      return bucket;
+    }
+  };
+
   ShortCache() : ShortCache(kFirstBits) {}
 
   // Reads 16 bytes where the text has them, never past end.
   static Key make_key(const std::uint8_t* p, std::size_t length, const std::uint8_t* end) {
     const std::size_t used = length <= kMaxLength ? length : kMaxLength + 1;
-    std::uint64_t word[2] = {};
+    std::uint64_t word[2];
     if (end - p >= 16) {
       std::memcpy(word, p, 16);
     } else {
+      word[0] = word[1] = 0;
       std::memcpy(word, p, used);
     }
     return {word[0] & kKeyMasks.low[used],
             (word[1] & kKeyMasks.high[used]) | static_cast<std::uint64_t>(used) << kLengthShift};
   }
 
-  // Where the key belongs until the next make_room(). Its memory starts to be fetched.
-  std::uint32_t locate(const Key& key) const {
-    // Multiplied apart, since two multiplications one after the other take twice as long.
-    const std::uint64_t hash = key.low * 0x9E3779B97F4A7C15ull ^ key.high * 0xD6E8FEB86659FD93ull;
-    const auto place = static_cast<std::uint32_t>(hash >> shift_);
-#if defined(__GNUC__)
-    __builtin_prefetch(&buckets_[place]);
-#endif
-    return place;
+  // For some more pieces that are looked for and perhaps inserted.
+  View make_room(std::size_t pieces) {
+    if (used_ + pieces > (std::size_t{1} << bits_) && bits_ < kMostBits) grow();
+    return view();
   }
 
   // Writes the ids to out, which has room for kMaxIds, and returns their number. 0 is for the
   // pieces that look_around() may know more of.
-  std::size_t find(const Key& key, std::uint32_t place, std::uint32_t* out) const {
-    const Entry* const way = buckets_[place].way;
-    const bool first = same(way[0].key, key);
-    const bool second = same(way[1].key, key);
-    const Entry& entry = way[first ? 0 : 1];
+  static std::size_t find(const Key& key, const Bucket* bucket, std::uint32_t* out) {
+    const bool first = same(bucket->way[0].key, key);
+    const bool second = same(bucket->way[1].key, key);
+    const Entry& entry = bucket->way[first ? 0 : 1];
     std::memcpy(out, entry.ids, sizeof entry.ids);
     const std::size_t count = entry.count();
     return (first | second) & (count <= kMaxIds) ? count : 0;
   }
 
   // The entry of the key, nullptr if there is none.
-  Entry* look_around(const Key& key, std::uint32_t place) const {
-    for (int step = 0; step < kSteps; ++step) {
-      for (Entry& entry : bucket(place, step).way) {
+  Entry* look_around(const Key& key, const Bucket* bucket) const {
+    for (std::size_t step = 0; step < kSteps; ++step) {
+      for (Entry& entry : bucket_after(bucket, step).way) {
         if (same(entry.key, key)) return &entry;
         if (entry.key.high == 0) return nullptr;
       }
@@ -102,28 +119,20 @@ class ShortCache {
 
   // Makes the entry of a key that has none, of a piece of at most kMaxLength bytes. Its ids are to
   // be written by the caller.
-  Entry& insert(const Key& key, std::uint32_t place, std::size_t count) {
-    Entry& entry = free_entry(place);
+  Entry& insert(const Key& key, const Bucket* bucket, std::size_t count) {
+    Entry& entry = free_entry(bucket);
     entry.key = key;
     entry.key.high |= static_cast<std::uint64_t>(count - 1) << kCountShift;
     return entry;
   }
 
-  // Before some more pieces are looked for and perhaps inserted.
-  void make_room(std::size_t pieces) {
-    if ((used_ + pieces) > (std::size_t{1} << bits_) && bits_ < kMostBits) grow();
-  }
-
  private:
-  static constexpr int kFirstBits = 12;  // 2^bits buckets
-  static constexpr int kMostBits = 18;   // 16 MB
-  static constexpr int kSteps = 4;       // buckets that an entry may lie in
+  static constexpr int kFirstBits = 12;     // 2^bits buckets
+  static constexpr int kMostBits = 18;      // 16 MB
+  static constexpr std::size_t kSteps = 4;  // buckets that an entry may lie in
   static constexpr int kLengthShift = 56;
   static constexpr int kCountShift = 61;
 
-  struct Bucket {
-    Entry way[2];
-  };
   explicit ShortCache(int bits)
       : bits_(bits), shift_(64 - bits), memory_((std::size_t{1} << bits) * sizeof(Bucket)) {
     buckets_ = static_cast<Bucket*>(memory_.data());
@@ -133,21 +142,23 @@ class ShortCache {
     return ((stored.low ^ key.low) | (stored.high ^ key.high) << (64 - kCountShift)) == 0;
   }
 
-  Bucket& bucket(std::uint32_t place, int step) const {
-    const auto mask = (std::uint32_t{1} << bits_) - 1;
-    return buckets_[(place + static_cast<std::uint32_t>(step)) & mask];
+  View view() const { return {buckets_, shift_}; }
+
+  Bucket& bucket_after(const Bucket* bucket, std::size_t steps) const {
+    const std::size_t mask = (std::size_t{1} << bits_) - 1;
+    return buckets_[(static_cast<std::size_t>(bucket - buckets_) + steps) & mask];
   }
 
-  Entry& free_entry(std::uint32_t place) {
-    for (int step = 0; step < kSteps; ++step) {
-      for (Entry& entry : bucket(place, step).way) {
+  Entry& free_entry(const Bucket* bucket) {
+    for (std::size_t step = 0; step < kSteps; ++step) {
+      for (Entry& entry : bucket_after(bucket, step).way) {
         if (entry.key.high == 0) {
           ++used_;
           return entry;
         }
       }
     }
-    return buckets_[place].way[++replaced_ & 1];
+    return bucket_after(bucket, 0).way[++replaced_ & 1];
   }
 
   void grow() {
@@ -158,7 +169,7 @@ class ShortCache {
         if (entry.key.high == 0) continue;
         Key key = entry.key;
         key.high &= ~std::uint64_t{0} >> (64 - kCountShift);
-        larger.free_entry(larger.locate(key)) = entry;
+        larger.free_entry(larger.view().locate(key)) = entry;
       }
     }
     larger.replaced_ = replaced_;
