@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,9 @@ MAX_STORED_SCORES = 1 << 24
 
 # exp() of less is a denormal number, which costs a CPU about five times a normal one.
 LOG_TINY = -80.0
+
+# An eager call of fewer elements is not worth a compiled function.
+MIN_FUSED = 1 << 17
 
 # Score of a key that is not seen; finite, so that a row that sees nothing has no NaN.
 NEVER = -1e30
@@ -44,20 +48,52 @@ def _can_compile() -> bool:
     return False
 
 
+def _kind(argument: Any) -> Any:
+    """What of an argument makes a compiled function another one; sizes and values do not."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.dim()
+    if isinstance(argument, int | float) and not isinstance(argument, bool):
+        return argument != 0
+    return type(argument) if isinstance(argument, list) else argument
+
+
 def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile ``fn`` with Inductor at its first eager call; a compiled caller inlines it."""
+    """Compile ``fn`` with Inductor at its first eager call; a compiled caller inlines it.
+
+    Dynamo counts the versions of a code object and stops compiling at the eighth, which dtypes and
+    options alone would reach: each kind of call gets a code object of its own.
+    """
 
     @functools.cache
-    def compiled() -> Callable[..., Any]:
-        return torch.compile(fn)  # not at import: it loads the whole compiler
+    def compiled(*_kinds: Any) -> Callable[..., Any]:
+        own = types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__)
+        return torch.compile(own)  # not at import: it loads the whole compiler
 
     @functools.wraps(fn)
     def run(*args: Any) -> Any:
         if torch.compiler.is_compiling() or not _can_compile():
             return fn(*args)
-        return compiled()(*args)
+        return compiled(*map(_kind, args))(*args)
 
     return run
+
+
+def worth_fusing(x: Tensor, at_least: int = MIN_FUSED) -> bool:
+    """Whether an eager call should run fused passes over ``x``.
+
+    Not for few elements, where the call costs more than the passes, and not for float64, which
+    accuracy is measured by.
+    """
+    large = x.numel() >= at_least and x.dtype != torch.float64
+    return large and not torch.compiler.is_compiling() and _can_compile()
+
+
+def exp_below(below_top: Tensor) -> Tensor:
+    """exp of differences to a maximum; 0 where it would be a denormal, and for NaN.
+
+    Cheaper than a clamp. No NaN is lost: the maximum, and with it a factor of the row, has it.
+    """
+    return torch.where(below_top > LOG_TINY, torch.exp(below_top), 0.0)
 
 
 def visibility(
@@ -137,7 +173,7 @@ class _SelfAttention(torch.autograd.Function):
         scores = scores * scale + bias
         top = scores.amax(-1, keepdim=True)
         below_top = scores - top
-        e = torch.where(below_top < LOG_TINY, 0.0, torch.exp(below_top)).to(q.dtype)
+        e = exp_below(below_top).to(q.dtype)
         total = e.float().sum(-1, keepdim=True)
         inverse = torch.where(top < 0.5 * NEVER, 0.0, 1.0 / total)  # a row that sees nothing: 0
         out = ((e @ v).float() * inverse).to(q.dtype)
@@ -186,9 +222,11 @@ def attention(
     B, H, T, D = q_BHTD.shape
     S, groups = k_BHSD.shape[2], H // k_BHSD.shape[1]
     scale = float(D**-0.5) if scale is None else scale
-    if groups > 1:
-        k_BHSD = k_BHSD.repeat_interleave(groups, dim=1)
-        v_BHSD = v_BHSD.repeat_interleave(groups, dim=1)
+    training = q_BHTD.requires_grad or k_BHSD.requires_grad or v_BHSD.requires_grad
+    storing = causal and T == S and training and B * H * T * T <= MAX_STORED_SCORES and _compiling()
+    k, v = k_BHSD, v_BHSD
+    if groups > 1 and (softcap is not None or storing):
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     triangle = causal and T == S and window is None and doc_start is None
     seen = None
     if softcap is not None or not triangle:
@@ -196,13 +234,12 @@ def attention(
             T, S, causal=causal, window=window, doc_start_BT=doc_start, device=q_BHTD.device
         )
     if softcap is not None:
-        return _plain_attention(q_BHTD, k_BHSD, v_BHSD, seen, scale, softcap)
-    training = q_BHTD.requires_grad or k_BHSD.requires_grad or v_BHSD.requires_grad
-    if causal and T == S and training and B * H * T * T <= MAX_STORED_SCORES and _compiling():
+        return _plain_attention(q_BHTD, k, v, seen, scale, softcap)
+    if storing:
         bias = _causal_bias(q_BHTD.detach()) if seen is None else torch.where(seen, 0.0, NEVER)
-        return _SelfAttention.apply(q_BHTD, k_BHSD, v_BHSD, bias, scale)
+        return _SelfAttention.apply(q_BHTD, k, v, bias, scale)
     return F.scaled_dot_product_attention(
-        q_BHTD, k_BHSD, v_BHSD, attn_mask=seen, is_causal=triangle, scale=scale
+        q_BHTD, k, v, attn_mask=seen, is_causal=triangle, scale=scale, enable_gqa=groups > 1
     )
 
 
@@ -215,11 +252,11 @@ def _exp_and_sum(logits_NV: Tensor, softcap: float | None) -> tuple[Tensor, Tens
     x = logits_NV.float()
     if softcap is None:
         top = x.amax(-1, keepdim=True)
-        e = torch.exp((x - top).clamp_min(LOG_TINY))
+        e = exp_below(x - top)
         return e.to(logits_NV.dtype), top, e.sum(-1, keepdim=True)
     t = torch.tanh(x * (1.0 / softcap))
     top = softcap * t.amax(-1, keepdim=True)
-    e = torch.exp((softcap * t - top).clamp_min(LOG_TINY))
+    e = exp_below(softcap * t - top)
     return (e * (1.0 - t * t)).to(logits_NV.dtype), top, e.sum(-1, keepdim=True)
 
 

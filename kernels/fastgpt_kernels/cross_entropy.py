@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt_kernels import cpu
 from fastgpt_kernels._common import (
     AOT_DTYPES,
     AotCase,
@@ -40,6 +41,9 @@ from fastgpt_kernels._loss_kernels import (
     loss_kernel,
     whole_row_kernel,
 )
+
+MIN_FUSED = 1 << 21
+"""Logits from which on a CPU's fused passes are faster than PyTorch's unfused ones."""
 
 
 def vector_width(x: Tensor) -> int:
@@ -125,6 +129,32 @@ def _capped(x: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(x / softcap) if softcap else x
 
 
+@cpu.fused
+def _row_sums(input: Tensor, softcap: float, smoothing: bool) -> tuple[Tensor, Tensor, Any]:
+    x = _capped(input.float(), softcap)
+    top = x.amax(-1)
+    return top, cpu.exp_below(x - top[:, None]).sum(-1), x.mean(-1) if smoothing else 0.0
+
+
+@cpu.fused
+def _write_gradient(
+    out: Tensor, input: Tensor, top: Tensor, scale: Tensor, floor: Tensor | None, softcap: float
+) -> None:
+    d = cpu.exp_below(_capped(input.float(), softcap) - top[:, None]) * scale[:, None]
+    if floor is not None:
+        d = d - floor[:, None]
+    if softcap:
+        d = d * (1.0 - torch.tanh(input.float() / softcap).square())
+    out.copy_(d)
+
+
+def _picked(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows count, the class of each row (0 in others) and its logit, in float32."""
+    kept = target != ignore_index
+    ids = torch.where(kept, target, 0).long()
+    return kept, ids, input.gather(1, ids[:, None])[:, 0].float()
+
+
 def _cpu_fwd(
     input: Tensor,
     target: Tensor,
@@ -133,16 +163,14 @@ def _cpu_fwd(
     z_loss: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = _capped(input.float(), softcap)
-    top = x.amax(-1)
-    total = torch.exp(x - top[:, None]).sum(-1)
-    kept = target != ignore_index
-    picked = x.gather(1, torch.where(kept, target, 0).long()[:, None])[:, 0]
+    top, total, mean = _row_sums(input, softcap, label_smoothing != 0)
+    kept, _, picked = _picked(input, target, ignore_index)
     log_total = total.log()
-    loss = log_total + (top - picked)
+    loss = log_total + (top - _capped(picked, softcap))
     if label_smoothing:
-        loss = torch.lerp(loss, log_total + (top - x.mean(-1)), label_smoothing)
-    loss = loss + z_loss * (top + log_total).square()
+        loss = torch.lerp(loss, log_total + (top - mean), label_smoothing)
+    if z_loss:
+        loss = loss + z_loss * (top + log_total).square()
     return torch.where(kept, loss, 0.0), top, total
 
 
@@ -158,16 +186,20 @@ def _cpu_bwd(
     softcap: float,
     out: Tensor,
 ) -> Tensor:
-    x = _capped(input.float(), softcap)
-    kept = target != ignore_index
-    growth = 1.0 + 2.0 * z_loss * (top + total.log())
-    d = torch.exp(x - top[:, None]) * (growth / total)[:, None] - label_smoothing / x.shape[1]
-    at = torch.where(kept, target, 0).long()[:, None]
-    d.scatter_add_(1, at, torch.full_like(d[:, :1], label_smoothing - 1.0))
-    d = torch.where(kept[:, None], d * grad[:, None], 0.0)
+    kept, ids, picked = _picked(input, target, ignore_index)
+    log_total = total.log()
+    growth = 1.0 + 2.0 * z_loss * (top + log_total)
+    floor = label_smoothing / input.shape[1]
+    # p - 1 by expm1, which keeps its digits where p is nearly 1
+    p_less_1 = torch.expm1(_capped(picked, softcap) - top - log_total)
+    at_target = grad * (growth * p_less_1 + (growth - 1.0) + (label_smoothing - floor))
     if softcap:
-        d = d * (1.0 - torch.tanh(input.float() / softcap).square())
-    return out.copy_(d)
+        at_target = at_target * (1.0 - torch.tanh(picked / softcap).square())
+    scale = torch.where(kept, grad * growth / total, 0.0)
+    floors = torch.where(kept, grad * floor, 0.0) if label_smoothing else None
+    _write_gradient(out, input, top, scale, floors, softcap)
+    out[torch.arange(len(ids)), ids] = torch.where(kept, at_target, 0.0).to(out.dtype)
+    return out
 
 
 @torch.library.custom_op("fastgpt_kernels::cross_entropy_fwd", mutates_args=())
@@ -397,7 +429,7 @@ def cross_entropy(
         )
     check_options("cross_entropy", input_NV.shape[0], target_N, reduction, label_smoothing, softcap)
     options = ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0)
-    if use_triton(input_NV) or inplace_backward:
+    if use_triton(input_NV) or inplace_backward or cpu.worth_fusing(input_NV, MIN_FUSED):
         loss_N = cross_entropy_fwd(input_NV, target_N, *options, inplace_backward)[0]
     else:
         loss_N = _plain(input_NV, target_N, *options)

@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt_kernels import _cpu_norm, cpu
 from fastgpt_kernels._common import (
     AOT_DTYPES,
     AotCase,
@@ -150,65 +151,12 @@ def _launch_bwd(
     return dx, dw.sum(0), db.sum(0)
 
 
-def _cpu_fwd(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    n_dims: int,
-    eps: float,
-    rms: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = x.new_empty(0)
-    x32 = x.float()
-    if residual is not None:
-        total = (x32 + residual).to(residual.dtype).contiguous()
-        x32 = total.float()
-    x32 = x32.flatten(-n_dims)
-    centred = x32 if rms else x32 - x32.mean(-1, keepdim=True)
-    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    y = centred * rstd
-    if weight is not None:
-        y = y * weight.float().flatten()
-    if bias is not None:
-        y = y + bias.float().flatten()
-    mean = x32.new_empty(0) if rms else x32.mean(-1).flatten()
-    return y.to(x.dtype).reshape(x.shape).contiguous(), total, mean, rstd.flatten()
-
-
-def _cpu_bwd(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    has_bias: bool,
-    n_dims: int,
-    rms: bool,
-    dtotal: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    n_cols = math.prod(x.shape[x.dim() - n_dims :])
-    g, xhat = dy.float().reshape(-1, n_cols), x.float().reshape(-1, n_cols)
-    xhat = (xhat if rms else xhat - mean[:, None]) * rstd[:, None]
-    dw = g.new_empty(0) if weight is None else (g * xhat).sum(0)
-    db = g.sum(0) if has_bias else g.new_empty(0)
-    if weight is not None:
-        g = g * weight.float().flatten()
-    dx = g - xhat * (g * xhat).mean(-1, keepdim=True)
-    if not rms:
-        dx = dx - g.mean(-1, keepdim=True)
-    dx = (dx * rstd[:, None]).reshape(x.shape)
-    if dtotal is not None:
-        dx = dx + dtotal
-    return dx.to(x.dtype).contiguous(), dw, db
-
-
 @torch.library.custom_op("fastgpt_kernels::norm_fwd", mutates_args=())
 def norm_fwd(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, n_dims: int, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, float32 mean (empty for RMSNorm) and float32 rstd, one per row."""
-    run = _launch_fwd if use_triton(input) else _cpu_fwd
+    run = _launch_fwd if use_triton(input) else _cpu_norm.forward
     y, _, mean, rstd = run(input, None, weight, bias, n_dims, eps, rms)
     return y, mean, rstd
 
@@ -237,7 +185,7 @@ def norm_bwd(
     grad_total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (+ grad_total) in the input's dtype; dw and db flat, float32 (empty if not asked for)."""
-    run = _launch_bwd if use_triton(input) else _cpu_bwd
+    run = _launch_bwd if use_triton(input) else _cpu_norm.backward
     return run(grad, input, mean, rstd, weight, has_bias, n_dims, rms, grad_total)
 
 
@@ -282,7 +230,7 @@ def add_norm_fwd(
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, input + residual in the residual's dtype, mean and rstd as ``norm_fwd``."""
-    run = _launch_fwd if use_triton(input) else _cpu_fwd
+    run = _launch_fwd if use_triton(input) else _cpu_norm.forward
     return run(input, residual, weight, bias, n_dims, eps, rms)
 
 
@@ -375,6 +323,11 @@ def _checked_shape(
     return shape
 
 
+def _fuse_layer_norm(input: Tensor) -> bool:
+    """PyTorch's own LayerNorm for CPUs is fast, but in 16 bits its statistics are rounded."""
+    return input.dtype != torch.float32 and cpu.worth_fusing(input)
+
+
 def layer_norm(
     input: Tensor,
     normalized_shape: int | Sequence[int],
@@ -402,6 +355,8 @@ def layer_norm(
     shape = _checked_shape("layer_norm", input, normalized_shape, weight, bias)
     if use_triton(input):
         return norm_fwd(input, weight, bias, len(shape), eps, False)[0]
+    if _fuse_layer_norm(input):
+        return _cpu_norm.add_norm(input, None, weight, bias, len(shape), eps, False)[0]
     wide = torch.promote_types(input.dtype, torch.float32)
     w, b = (None if p is None else p.to(wide) for p in (weight, bias))
     return F.layer_norm(input.to(wide), shape, w, b, eps).to(input.dtype)
@@ -433,6 +388,8 @@ def rms_norm(
     eps = torch.finfo(wide).eps if eps is None else eps
     if use_triton(input):
         return norm_fwd(input, weight, None, len(shape), eps, True)[0]
+    if cpu.worth_fusing(input):
+        return _cpu_norm.add_norm(input, None, weight, None, len(shape), eps, True)[0]
     return F.rms_norm(input.to(wide), shape, None if weight is None else weight.to(wide), eps).to(
         input.dtype
     )
@@ -468,6 +425,8 @@ def add_layer_norm(
     shape = _checked_shape(name, input, normalized_shape, weight, bias, residual=residual)
     if use_triton(input):
         return add_norm_fwd(input, residual, weight, bias, len(shape), eps, False)[:2]
+    if _fuse_layer_norm(input):
+        return _cpu_norm.add_norm(input, residual, weight, bias, len(shape), eps, False)
     total = (input + residual).to(residual.dtype)
     return layer_norm(total, shape, weight, bias, eps).to(input.dtype), total
 
@@ -492,8 +451,10 @@ def add_rms_norm(
         See ``add_layer_norm``, also for what it raises.
     """
     shape = _checked_shape("add_rms_norm", input, normalized_shape, weight, residual=residual)
+    eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps if eps is None else eps
     if use_triton(input):
-        eps = torch.finfo(torch.float32).eps if eps is None else eps
         return add_norm_fwd(input, residual, weight, None, len(shape), eps, True)[:2]
+    if cpu.worth_fusing(input):
+        return _cpu_norm.add_norm(input, residual, weight, None, len(shape), eps, True)
     total = (input + residual).to(residual.dtype)
     return rms_norm(total, shape, weight, eps).to(input.dtype), total

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from harness import LAYOUTS, compare
 
-from fastgpt_kernels import cross_entropy, reference
+from fastgpt_kernels import cpu, cross_entropy, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OPTIONS = [
@@ -16,6 +16,19 @@ OPTIONS = [
     {"reduction": "none", "softcap": 15.0, "z_loss": 1e-3},
     {"reduction": "none", "label_smoothing": 0.2, "ignore_index": 3},
 ]
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch):
+    """The same numbers, without a C++ compiler run for each shape."""
+    monkeypatch.setattr(cpu, "_can_compile", lambda: False)
+
+
+@pytest.fixture(params=["few logits", "many"])
+def path(request, monkeypatch):
+    """Both paths of an eager call, whatever the number of logits."""
+    many = request.param == "many"
+    monkeypatch.setattr(cpu, "worth_fusing", lambda x, _=0: many and x.dtype != torch.float64)
 
 
 def native(x, target, softcap=None, z_loss=0.0, reduction="mean", ignore_index=-100, **options):
@@ -32,6 +45,7 @@ def native(x, target, softcap=None, z_loss=0.0, reduction="mean", ignore_index=-
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 8), (64, 41), (7, 1000), (3, 50257)])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.usefixtures("path")
 def test_cross_entropy(rows, vocabulary, dtype, options, scale):
     target = torch.randint(vocabulary, (rows,))
     target[:: 3 if rows > 1 else 2**20][1:] = options.get("ignore_index", -100)
@@ -53,6 +67,28 @@ def test_agrees_with_pytorch_on_float32_and_float64():
     assert cross_entropy(x.double(), t).dtype == torch.float64
 
 
+def test_compiled_passes_are_those_of_the_tests_above(monkeypatch):
+    """A call large enough runs them compiled; one odd size and both kinds of row."""
+    x = (torch.randn(65, 4099) * 3).bfloat16().index_fill(0, torch.tensor(1), torch.inf)
+    x[2, 7] = torch.nan
+    t = torch.randint(4099, (65,))
+    t[1] = -100
+
+    def results():
+        leaf = x.clone().requires_grad_()
+        loss = cross_entropy(leaf, t, reduction="none", label_smoothing=0.1)
+        loss.backward(torch.linspace(-1, 1, 65))
+        return loss, leaf.grad
+
+    monkeypatch.setattr(cpu, "worth_fusing", lambda x, _=0: True)
+    expected = results()
+    monkeypatch.setattr(cpu, "_can_compile", lambda: True)
+    for a, b in zip(results(), expected, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+        assert torch.equal(a.isnan().view(65, -1).any(1).nonzero().view(-1), torch.tensor([2]))
+
+
+@pytest.mark.usefixtures("path")
 def test_all_rows_ignored_is_nan_with_zero_gradient():
     x = torch.randn(4, 11, requires_grad=True)
     loss = cross_entropy(x, torch.full((4,), -100))
@@ -61,6 +97,7 @@ def test_all_rows_ignored_is_nan_with_zero_gradient():
     assert torch.equal(x.grad, torch.zeros(4, 11))
 
 
+@pytest.mark.usefixtures("path")
 def test_ignored_rows_give_nothing():
     x = torch.randn(3, 11).index_fill(0, torch.tensor(1), torch.inf).requires_grad_()
     loss = cross_entropy(x, torch.tensor([2, -100, 4]), reduction="none")
@@ -69,6 +106,7 @@ def test_ignored_rows_give_nothing():
     assert loss.dtype == torch.float32
 
 
+@pytest.mark.usefixtures("path")
 def test_low_precision_logits_give_a_float32_loss():
     x, t = (torch.randn(64, 1000) * 3).bfloat16(), torch.randint(1000, (64,))
     exact = F.cross_entropy(x.double(), t)
