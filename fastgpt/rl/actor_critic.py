@@ -54,7 +54,16 @@ class LossWeights:
     temperature: float
 
 
-NAMES = ("ratio", "approx_kl", "clip_fraction", "policy_loss", "value_loss", "entropy", "kl_loss")
+NAMES = (
+    "ratio",
+    "approx_kl",
+    "clip_fraction",
+    "policy_loss",
+    "value_loss",
+    "entropy",
+    "kl_loss",
+    "ref_kl",
+)
 
 
 @dataclass
@@ -93,9 +102,10 @@ def summed_loss(
 
     Args:
         model: policy and value model.
-        batch: ``tokens_BT``, ``places_N``, ``targets_BT`` (N), ``old_log_probs_N``,
-            ``advantages_N``; with a value model ``old_values_N`` and ``returns_N``; with a KL term
-            ``ref_log_probs_N`` and its ``kl_loss_coef`` (0-d); ``policy_weight`` (0-d), 0 while the
+        batch: ``tokens_BT``, ``places_N``, ``targets_BT`` (N), ``ref_log_probs_N``,
+            ``advantages_N``; ``old_log_probs_N`` if this is not the policy that sampled; with a
+            value model ``old_values_N`` and ``returns_N``; with a KL term
+            its ``kl_loss_coef`` (0-d); ``policy_weight`` (0-d), 0 while the
             value model warms up. With ``inputs_BT`` the loss of that pretraining text is added,
             ``ptx_scale`` times the sum over its targets ``ptx_targets_BT``.
         weights: of the terms.
@@ -107,7 +117,7 @@ def summed_loss(
         batch["targets_BT"],
         weights.temperature,
     )
-    old_N = batch["old_log_probs_N"]
+    old_N = batch.get("old_log_probs_N", log_probs_N.detach())
     policy_N = formulas.policy_loss(log_probs_N, old_N, batch["advantages_N"], clip=weights.clip)
     loss_N = policy_N
     if weights.entropy_coef:  # its gradient costs a pass over all logits
@@ -137,5 +147,6 @@ def summed_loss(
         "value_loss": value_N,
         "entropy": entropy_N,
         "kl_loss": kl_N,
+        "ref_kl": formulas.kl_estimate(log_probs_N, batch["ref_log_probs_N"], "k1"),
     }
     return loss, terms

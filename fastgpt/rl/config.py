@@ -130,6 +130,15 @@ class RLConfig:
         return self.kl_controller == "adaptive"
 
     @property
+    def scores_first(self) -> bool:
+        """Whether the policy scores a rollout before it is updated on it.
+
+        A single update finds the log-probabilities in its own forward pass, whose policy is still
+        the one that sampled. Where the KL is part of the reward, they are needed before.
+        """
+        return self.algorithm != "grpo" or self.adapts_kl or self.minibatches * self.epochs > 1
+
+    @property
     def first_kl_coef(self) -> float:
         """The KL coefficient that a run begins with."""
         if self.kl_coef is None:

@@ -128,7 +128,10 @@ class Experience:
 
     def metrics(self) -> dict[str, float]:
         """Of the rollout in use and of the last update."""
-        return self.values | self.stats.means | {"rollouts": self.rollouts}
+        found = self.values | self.stats.means | {"rollouts": self.rollouts}
+        per_token = found.pop("ref_kl", 0.0)
+        # The update that found it is the first and only one of its rollout.
+        return {"kl": per_token * found["length"]} | found
 
     def _updates(self) -> int:
         return self.config.minibatches * self.config.epochs
@@ -157,9 +160,11 @@ class Experience:
         epochs = mix64(mix64(problem.seed) + (places // n).astype(np.uint64))
         numbers = permute(places % n, n, epochs).repeat(group).tolist()
         rows = self._sample(numbers, self.generator)
-        log_probs_BR, ref_log_probs_BR = (
-            self._log_probs(model, rows) for model in (problem.model.policy, problem.reference)
-        )
+        columns = {"ref_log_probs": self._log_probs(problem.reference, rows)}
+        kl_B = None
+        if config.scores_first:
+            columns["old_log_probs"] = self._log_probs(problem.model.policy, rows)
+            kl_B = _kl(columns["old_log_probs"], columns["ref_log_probs"], rows)
         scores_B = self._scores(rows, numbers)
         ended_B = rows.ended_B(problem.end_id)
         used_B = formulas.response_scores(
@@ -169,8 +174,6 @@ class Experience:
             clip=config.score_clip,
             normalize=config.normalize_scores,
         )
-        kl_B = torch.where(rows.mask_BR, log_probs_BR - ref_log_probs_BR, 0.0).sum(1)
-        columns = {"old_log_probs": log_probs_BR, "ref_log_probs": ref_log_probs_BR}
         columns |= self._advantages(rows, used_B, kl_B, columns)
         self.values = _rollout_metrics(rows, scores_B, used_B, kl_B, ended_B) | {
             "kl_coef": self.kl_coef
@@ -191,7 +194,7 @@ class Experience:
         return rollout
 
     def _advantages(
-        self, rows: Rows, scores_B: Tensor, kl_B: Tensor, columns: Mapping[str, Tensor]
+        self, rows: Rows, scores_B: Tensor, kl_B: Tensor | None, columns: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Advantage of each token; with a value model also its values and returns."""
         config, mask_BR = self.config, rows.mask_BR
@@ -199,6 +202,7 @@ class Experience:
             if config.algorithm == "grpo":
                 advantages_B = formulas.group_advantages(scores_B, config.per_prompt)
             else:
+                assert kl_B is not None
                 penalised_B = scores_B - self.kl_coef * kl_B
                 advantages_B = formulas.leave_one_out_advantages(penalised_B, config.per_prompt)
             return {"advantages": torch.where(mask_BR, advantages_B[:, None], 0.0)}
@@ -290,7 +294,7 @@ class Experience:
         )
         scores_B = self._scores(rows, numbers)[:held]
         rows = rows[slice(0, held)]
-        kl_B = torch.where(rows.mask_BR, log_probs_BR - ref_BR, 0.0).sum(1)
+        kl_B = _kl(log_probs_BR, ref_BR, rows)
         ended_B = rows.ended_B(self.problem.end_id)
         found = _rollout_metrics(rows, scores_B, scores_B, kl_B, ended_B)
         return {f"val_{name}": value for name, value in found.items() if name != "reward"}, rows
@@ -359,8 +363,13 @@ def _micro_batch(rollout: Rollout, chosen: Tensor) -> dict[str, Tensor]:
     }
 
 
+def _kl(log_probs_BR: Tensor, ref_log_probs_BR: Tensor, rows: Rows) -> Tensor:
+    """Estimate (k1) of the KL of each whole response (B)."""
+    return torch.where(rows.mask_BR, log_probs_BR - ref_log_probs_BR, 0.0).sum(1)
+
+
 def _rollout_metrics(
-    rows: Rows, scores_B: Tensor, used_B: Tensor, kl_B: Tensor, ended_B: Tensor
+    rows: Rows, scores_B: Tensor, used_B: Tensor, kl_B: Tensor | None, ended_B: Tensor
 ) -> dict[str, float]:
     lengths = rows.mask_BR.sum(1)
     responses = [ids[:n].tolist() for ids, n in zip(rows.ids_BR, lengths.tolist(), strict=True)]
@@ -368,7 +377,7 @@ def _rollout_metrics(
         "score": float(scores_B.mean()),
         "score_std": float(scores_B.std()) if len(scores_B) > 1 else 0.0,
         "reward": float(used_B.mean()),
-        "kl": float(kl_B.mean()),
+        **({} if kl_B is None else {"kl": float(kl_B.mean())}),
         "length": float(lengths.double().mean()),
         "eos_rate": float(ended_B.double().mean()),
         "distinct_2": formulas.distinct_n(responses, 2),
