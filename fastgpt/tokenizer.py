@@ -242,6 +242,16 @@ class Tokenizer:
             return self._engine.encode(data, ())
         return self.encode(data.decode("utf-8"))
 
+    def last_piece(self, text: str) -> int:
+        """The byte of the text's UTF-8 at which its last word begins, of those no merge crosses.
+
+        Special tokens are ordinary text here; raises AttributeError for a sentencepiece model.
+        """
+        if not isinstance(self._engine, BytePair):
+            raise AttributeError("a sentencepiece model does not split text before it merges")
+        ends = self._engine._ends(text)
+        return int(max(ends[ends < ends[-1]], default=0)) if len(ends) else 0
+
     def encode_batch(
         self,
         texts: Sequence[str],
@@ -275,7 +285,8 @@ class Tokenizer:
         """Ids by BPE dropout (Provilkov et al. 2020, arXiv:1910.13267), to augment training data.
 
         Each candidate of a merge is left out with probability ``p``; 0 gives the ids of ``encode``,
-        1 single bytes. The same seed gives the same ids everywhere. Array (n,) of ``dtype``.
+        1 single bytes. The same seed gives the same ids everywhere. Array (n,) of ``dtype``. Raises
+        ValueError for a sentencepiece model, whose library gives other ids in every process.
         """
         try:
             allowed = self._policy(text, allowed_special, _NONE) if allowed_special else ()

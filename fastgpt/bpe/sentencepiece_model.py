@@ -99,8 +99,11 @@ class SentencePiece:
     def encode_with_dropout(
         self, text: str, allowed: Sequence[int], p: float, seed: int
     ) -> np.ndarray:
-        """Raises ValueError: the library draws from one generator for the whole process."""
-        raise ValueError("BPE dropout works with byte-level vocabularies, not with sentencepiece")
+        """Raises ValueError: with the same seed the library draws anew in every process."""
+        raise ValueError(
+            "BPE dropout works with byte-level vocabularies: the sentencepiece library cannot "
+            "repeat what it drew in another process"
+        )
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """Bytes of the ids; raises ValueError for one that is not in the vocabulary."""

@@ -120,7 +120,7 @@ def test_single_tokens_and_properties(pair):
 
 def test_no_method_and_no_argument_is_missing():
     for name, theirs in inspect.getmembers(tiktoken.Encoding):
-        if name.startswith("_") or name == "encode_with_unstable":
+        if name.startswith("_"):
             continue
         ours = getattr(Encoding, name)
         if callable(theirs):
@@ -168,3 +168,62 @@ def test_the_pattern_of_gpt4o_is_known(gpt4o, text):
     ours, theirs = gpt4o
     assert ours._tokenizer.vocabulary.pattern == "o200k"
     assert ours.encode_ordinary(text) == theirs.encode_ordinary(text)
+
+
+def unstable(encoding, text: str, **policy):
+    def call():
+        stable, ways = encoding.encode_with_unstable(text, **policy)
+        return stable, sorted(map(list, ways))
+
+    return outcome(call)
+
+
+ENDS = [
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    " \n",
+    "\t",
+    "'",
+    "'l",
+    "12",
+    "1234",
+    "\u3000",
+    "\x1c ",
+    "\x85",
+]
+ENDS += ["é", "日", "wor", " th", " th ", "!!", "a" + EOT, EOT + "th"]
+
+
+def test_the_end_of_a_text_that_goes_on(pair):
+    ours, theirs = pair
+    for text in [begin + end for begin in ("", "Hello th", "x  \n", "naïve 日") for end in ENDS]:
+        for policy in ({"disallowed_special": ()}, {"allowed_special": "all"}, {}):
+            expected = unstable(theirs, text, **policy)
+            assert unstable(ours, text, **policy) == expected, (text, policy)
+    # There a lone surrogate is an error in this method alone.
+    assert unstable(ours, "a\ud800") == unstable(theirs, "a\ufffd")
+
+
+def test_a_control_character_that_python_calls_white_space_is_none():
+    ranks = {bytes([i]): i for i in range(256)} | {b"!\x1c": 256, b"! ": 257}
+    arguments = {"mergeable_ranks": ranks, "special_tokens": {}, "pat_str": samples.REGEX["gpt4"]}
+    ours, theirs = (kind("x", **arguments) for kind in (Encoding, tiktoken.Encoding))
+    for text in ("!\x1c", "! ", "a! "):
+        assert unstable(ours, text) == unstable(theirs, text)
+    assert unstable(ours, "!\x1c") == ([], [[256]])
+
+
+@pytest.fixture(scope="module", params=["gpt2", "gpt4", "o200k"])
+def scanned(request) -> tuple[Encoding, tiktoken.Encoding]:
+    return both(samples.REGEX[request.param])
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=samples.nasty_text)
+def test_the_end_of_any_text(scanned, text):
+    ours, theirs = scanned
+    policy = {"disallowed_special": ()}
+    assert unstable(ours, text, **policy) == unstable(theirs, text, **policy)
