@@ -52,6 +52,12 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(hidden, weight, bias)
 
 
+def in_one_chunk(hidden_ND: Tensor, weight_VD: Tensor) -> bool:
+    """Whether all logits are made at once, and there are any."""
+    n_rows = len(hidden_ND)
+    return 0 < n_rows <= rows_per_chunk(n_rows, len(weight_VD), hidden_ND.element_size())
+
+
 def forward(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -60,8 +66,12 @@ def forward(
     ignore_index: int,
     inverse_temperature: float,
     softcap: float,
+    all_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probability, entropy, largest logit and sum of exponentials below it, float32 (N,)."""
+    """Log-probability, entropy, largest logit and sum of exponentials below it, float32 (N,).
+
+    ``all_logits`` (N, V) are made here, a chunk at a time, if they are not given.
+    """
     n_rows, n_cols = hidden_ND.shape[0], weight_VD.shape[0]
     log_probs, entropy, top_N, total_N = (
         hidden_ND.new_empty(n_rows, dtype=torch.float32) for _ in range(4)
@@ -71,7 +81,7 @@ def forward(
     step = rows_per_chunk(n_rows, n_cols, hidden_ND.element_size())
     for start in range(0, n_rows, step):
         rows = slice(start, start + step)
-        logits = _logits(hidden_ND[rows], weight_VD, bias_V)
+        logits = _logits(hidden_ND[rows], weight_VD, bias_V) if all_logits is None else all_logits
         run = _fused_statistics if logits.numel() > SMALL else _statistics
         top, total, weighted = run(logits, inverse_temperature, softcap)
         picked = _scaled(logits.gather(1, at_N1[rows]), inverse_temperature, softcap)
@@ -97,6 +107,7 @@ def backward(
     inverse_temperature: float,
     softcap: float,
     needs: tuple[bool, bool, bool],
+    all_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias (the last two float32); what ``needs`` denies is empty.
 
@@ -114,7 +125,7 @@ def backward(
         rows = slice(start, start + step)
         # An ignored row may hold anything, and 0 * NaN is NaN.
         h = torch.where(kept_N1[rows], hidden_ND[rows], 0.0)
-        logits = _logits(h, weight_VD, bias_V)
+        logits = _logits(h, weight_VD, bias_V) if all_logits is None else all_logits
         top, a, b = (x[rows, None] for x in (top_N, a_N, b_N))
         run = _fused_gradient if logits.numel() > SMALL else _gradient
         d = run(logits, top, a, b, inverse_temperature, softcap)

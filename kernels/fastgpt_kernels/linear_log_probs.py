@@ -6,7 +6,8 @@ With x = softcap(hidden @ weight^T + bias) / temperature, p = softmax(x) and id 
     d log_prob / d x_v = [v = id] - p_v          d entropy / d x_v = -p_v (log p_v + entropy)
 
 Both functions go over the rows a chunk at a time: one GEMM makes a chunk's logits, one kernel turns
-them into two results and two statistics a row. The backward makes the logits again, turns them in
+them into two results and two statistics a row. The backward makes the logits again (on a CPU it
+keeps those of a single chunk), turns them in
 place into d by the statistics, and two GEMMs make ``dhidden = d @ weight`` and
 ``dweight += d^T @ hidden`` (accumulated in float32). Peak memory beyond inputs and gradients is one
 chunk, whatever the number of rows. The gradients cannot be made in the forward, as
@@ -186,8 +187,26 @@ def linear_log_probs_bwd(
     if hidden.shape[0] == 0:
         dhidden, *rest = _empty_gradients(hidden, weight, *needs)
         return dhidden, *(x.zero_() for x in rest)  # pyright: ignore[reportReturnType]
-    zero = torch.zeros_like(log_probs)
     kept = ids != ignore_index
+    a, b, own = _coefficients(grad_log_probs, grad_entropy, log_probs, entropy, total, kept)
+    if use_triton(hidden):
+        # There y = q ln 2, e = 2^q.
+        b = b * 0.6931471805599453
+        entropic = grad_entropy is not None
+        return _launch_bwd(a, b, own, top, hidden, weight, bias, ids, options, entropic, needs)
+    return _cpu_log_probs.backward(a, b, own, top, hidden, weight, bias, ids, *options, needs)
+
+
+def _coefficients(
+    grad_log_probs: Tensor | None,
+    grad_entropy: Tensor | None,
+    log_probs: Tensor,
+    entropy: Tensor,
+    total: Tensor,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row: a and b of ``d = exp(y) (a + b y)``, and d at the row's own id."""
+    zero = torch.zeros_like(log_probs)
     # What arrives at an ignored row may be anything, NaN included.
     g, h = (
         zero if x is None else torch.where(kept, x, zero) for x in (grad_log_probs, grad_entropy)
@@ -195,13 +214,7 @@ def linear_log_probs_bwd(
     # d = p (-g - h (log p + H)) + [v = id] g, with p = e / total, log p = y - log(total)
     own = -(g * torch.expm1(log_probs) + h * torch.exp(log_probs) * (log_probs + entropy))
     a = (-g - h * (entropy - total.log())) / total
-    b = -h / total
-    if use_triton(hidden):
-        # There y = q ln 2, e = 2^q.
-        b = b * 0.6931471805599453
-        entropic = grad_entropy is not None
-        return _launch_bwd(a, b, own, top, hidden, weight, bias, ids, options, entropic, needs)
-    return _cpu_log_probs.backward(a, b, own, top, hidden, weight, bias, ids, *options, needs)
+    return a, -h / total, own
 
 
 def _empty_gradients(hidden, weight, needs_hidden, needs_weight, needs_bias):
@@ -241,6 +254,54 @@ def _backward(ctx, grad_log_probs, grad_entropy, _grad_top, _grad_total):
 
 
 linear_log_probs_fwd.register_autograd(_backward, setup_context=_save)
+
+
+class _Kept(torch.autograd.Function):
+    """The CPU path for rows of a single chunk, whose logits stay until the backward.
+
+    Peak memory is one chunk as with the operators, and a third of the backward's GEMMs are saved.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, ids, *options):
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        cast = weight.to(hidden.dtype)
+        # An ignored row may hold anything, and 0 * NaN is NaN.
+        hidden = torch.where((ids != options[0])[:, None], hidden, 0.0)
+        logits = torch.nn.functional.linear(hidden, cast, bias)
+        results = _cpu_log_probs.forward(hidden, cast, bias, ids, *options, all_logits=logits)
+        ctx.save_for_backward(*results, hidden, weight, bias, ids, logits)
+        return results[0], results[1]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_log_probs, grad_entropy):  # pyright: ignore[reportIncompatibleMethodOverride]
+        *results, hidden, weight, bias, ids, logits = ctx.saved_tensors
+        log_probs, entropy, top, total = results
+        needs = ctx.needs_input_grad[:3]
+        kept = ids != ctx.options[0]
+        a, b, own = _coefficients(grad_log_probs, grad_entropy, log_probs, entropy, total, kept)
+        cast = weight.to(hidden.dtype)
+        dhidden, dweight, dbias = _cpu_log_probs.backward(
+            a, b, own, top, hidden, cast, bias, ids, *ctx.options, needs=needs, all_logits=logits
+        )
+        return (
+            dhidden if needs[0] else None,
+            dweight.to(weight.dtype) if needs[1] else None,
+            dbias.to(bias.dtype) if needs[2] else None,
+            *[None] * 4,
+        )
+
+
+def _keeps_logits(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether an eager call on a CPU needs gradients of no more rows than make one chunk."""
+    if hidden.device.type != "cpu" or use_triton(hidden) or torch.compiler.is_compiling():
+        return False
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
+        return False
+    return _cpu_log_probs.in_one_chunk(hidden, weight)
+
 
 _AOT_TYPES = {
     **dict.fromkeys(
@@ -326,5 +387,6 @@ def linear_log_probs(
         raise ValueError(f"{name}: softcap must be positive (or None), got {softcap}")
     options = ignore_index, 1.0 / temperature, float(softcap or 0.0)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    log_probs, entropy, *_ = linear_log_probs_fwd(flat, weight, bias, ids.reshape(-1), *options)
+    run = _Kept.apply if _keeps_logits(flat, weight) else linear_log_probs_fwd
+    log_probs, entropy, *_ = run(flat, weight, bias, ids.reshape(-1), *options)
     return log_probs.view(ids.shape), entropy.view(ids.shape)

@@ -19,10 +19,11 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(cpu, "_can_compile", lambda: False)
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Four rows at a time, so that there are several chunks, several sums of parts, a short end."""
-    monkeypatch.setattr(_cpu_log_probs, "rows_per_chunk", lambda *_: 4)
+@pytest.fixture(params=["one chunk", "several"])
+def chunks(request, monkeypatch):
+    """One, whose logits are kept; or four rows at a time: several sums of parts, a short end."""
+    if request.param == "several":
+        monkeypatch.setattr(_cpu_log_probs, "rows_per_chunk", lambda *_: 4)
 
 
 def native(hidden, weight, ids, bias=None, temperature=1.0, softcap=None):
@@ -54,7 +55,7 @@ def operands(shape, width, vocabulary, dtype, scale=0.4):
 @pytest.mark.parametrize(
     ("shape", "width", "vocabulary"), [((1,), 8, 8), ((3, 7), 32, 41), ((2, 3, 2), 16, 1000)]
 )
-def test_linear_log_probs(small_chunks, shape, width, vocabulary, dtype, options, with_bias):
+def test_linear_log_probs(chunks, shape, width, vocabulary, dtype, options, with_bias):
     hidden, weight, ids = operands(shape, width, vocabulary, dtype)
     bias = [torch.randn(vocabulary).to(dtype)] * with_bias
     layout = "transposed" if len(shape) == 2 else "padded"
@@ -76,7 +77,7 @@ def gradients(fn, tensors, **options):
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (-0.5, 2.0)])
-def test_each_result_has_its_gradient(weights):
+def test_each_result_has_its_gradient(chunks, weights):
     tensors = operands((9,), 8, 21, torch.float32)
     exact = [x.double() if x.is_floating_point() else x for x in tensors]
     ours = gradients(linear_log_probs, tensors)(*weights)
@@ -106,7 +107,7 @@ def test_is_the_cross_entropy_with_its_sign_turned():
 
 
 @pytest.mark.parametrize("ignored", ["some", "all"])
-def test_ignored_positions_give_nothing_whatever_they_hold(ignored):
+def test_ignored_positions_give_nothing_whatever_they_hold(chunks, ignored):
     hidden, weight, ids = operands((6,), 8, 11, torch.float32)
     ids[:] = ids.clamp_min(0)
     where = torch.tensor([1, 4]) if ignored == "some" else torch.arange(6)
