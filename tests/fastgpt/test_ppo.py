@@ -110,6 +110,27 @@ def test_the_ratio_is_1_before_the_first_update(algorithm):
     assert abs(experience.stats.means["ratio"] - 1) > 1e-3
 
 
+def test_a_single_update_needs_no_scoring_before_it():
+    """GRPO takes the log-probabilities of its own pass: the same loss, gradients and figures."""
+    single = dataclasses.replace(SMALL, algorithm="grpo", minibatches=1, epochs=1)
+    found = []
+    for config in (single, dataclasses.replace(single, epochs=2)):
+        experience = make(config, micro=3)
+        move(experience)
+        loss = update(experience, 0)
+        gradients = [p.grad.clone() for p in experience.problem.model.parameters()]
+        assert experience.rollout is not None
+        found.append((loss, gradients, experience.metrics(), experience.rollout.columns))
+    (loss, gradients, means, columns), (scored_loss, scored, scored_means, scored_columns) = found
+    assert "old_log_probs" not in columns
+    assert "old_log_probs" in scored_columns
+    assert means["ratio"] == 1
+    assert loss == pytest.approx(scored_loss, rel=1e-4)
+    torch.testing.assert_close(gradients, scored, atol=1e-6, rtol=1e-4)
+    assert means == pytest.approx(scored_means, rel=1e-4, abs=1e-5)
+    assert abs(means["kl"]) > 0.01
+
+
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_micro_batches_of_unequal_length_are_one_batch(algorithm):
     losses, gradients, means = [], [], []
