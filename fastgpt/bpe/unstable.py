@@ -35,7 +35,9 @@ class Unstable:
 
     def completions(self, rest: bytes) -> set[tuple[int, ...]]:
         """Ids that cover the unstable bytes and may begin what becomes of them."""
-        found = {(self._ranks[token],) for token in self._beginning_with(rest)}
+        found: set[tuple[int, ...]] = {
+            (self._ranks[token],) for token in self._beginning_with(rest)
+        }
         for begin in range(1, len(rest)):
             # A token that reaches from inside of the rest to beyond its end.
             for token in self._beginning_with(rest[begin:]):
