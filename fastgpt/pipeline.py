@@ -63,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = from_flags(PipelineConfig, argv)
     if config.held_out < 1:
         raise UsageError(f"--held-out {config.held_out}: it must be at least 1")
-    config.out.mkdir(parents=True, exist_ok=True)
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {config.out}: not a directory: {error.strerror}") from error
     state = _State.open(config.out / "pipeline.json")
     train_prompts, held_out = split_prompts(config)
     for stage, words in commands(config, train_prompts, held_out).items():
@@ -71,6 +74,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = write_report(config, state)
     print(f"\nreport {report}")
     print(f"talk to it: python -m fastgpt.generate --run {config.out / MODELS[-1]}")
+
+
+def _words(stage: str, options: str) -> list[str]:
+    try:
+        return shlex.split(options)
+    except ValueError as error:
+        raise UsageError(f"--{stage}={options}: {error}; quote it as for a shell") from error
 
 
 def commands(
@@ -86,7 +96,7 @@ def commands(
     }
     result: dict[str, list[str | Path]] = {}
     for stage, words in inputs.items():
-        result[stage] = [*words, *shlex.split(getattr(config, stage)), "--out", runs[stage]]
+        result[stage] = [*words, *_words(stage, getattr(config, stage)), "--out", runs[stage]]
     models = [config.out / name for name in MODELS]
     judges = [runs["reward"], *config.judge]
     result["evaluate"] = [

@@ -413,7 +413,7 @@ def _check_inputs(
             raise UsageError(f"{named}: this run {less} when it began; resume it as it was")
         raise UsageError(
             f"{named}: the weights there are not those that this run began with; put that model "
-            "back, or name where it is now, or begin a new run with another --out"
+            "back, or begin a new run with another --out"
         )
 
 

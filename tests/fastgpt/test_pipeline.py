@@ -8,7 +8,7 @@ import pytest
 
 from fastgpt import pipeline
 from fastgpt.data.examples import read_prompts
-from fastgpt.errors import DataError, PeerError, Preempted
+from fastgpt.errors import DataError, PeerError, Preempted, UsageError
 from fastgpt.pipeline import PipelineConfig, commands, split_prompts, stage_table
 
 
@@ -58,6 +58,15 @@ def test_each_stage_starts_from_the_one_before(config):
     assert ppo[-6:] == ["--steps", "3", "--seed", "9", "--out", f"{out}/rl"]
     evaluate = words(config, "evaluate")
     assert evaluate[1:4] == [f"{out}/base", f"{out}/sft", f"{out}/rl"]
+
+
+def test_what_cannot_be_a_command_is_said_before_anything_runs(config, child):
+    started = child()
+    with pytest.raises(UsageError, match='--sft=--steps "3: No closing quotation; quote it'):
+        pipeline.main(["--out", str(config.out), '--sft=--steps "3', "--held-out", "1"])
+    with pytest.raises(UsageError, match=r"--out .*prompts.jsonl: not a directory: "):
+        pipeline.main(["--out", str(config.prompts[0])])
+    assert started == []
 
 
 @pytest.fixture
