@@ -6,7 +6,7 @@
 
 #include "attend.h"
 
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__GNUC__)
 // Everything that takes or returns a vector is inlined, so its calling convention does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
