@@ -18,8 +18,8 @@ namespace py = pybind11;
 namespace fastgpt {
 namespace {
 
-// A thread is worth starting for as many bytes of keys and values.
-constexpr std::ptrdiff_t kBytesPerThread = 1 << 20;
+// A thread is worth starting for as many bytes of keys and values: 0.1 ms of work.
+constexpr std::ptrdiff_t kBytesPerThread = 2 << 20;
 
 void require(bool condition, const char* what) {
   if (!condition) throw std::invalid_argument(what);
