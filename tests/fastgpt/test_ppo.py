@@ -354,6 +354,21 @@ def test_the_value_model_can_learn_alone_first():
     assert any((p.grad != 0).any() for p in model.policy.parameters())
 
 
+def test_the_value_model_learns_what_is_to_come():
+    """Alone, while the policy stays: what it says of new responses explains their returns."""
+    config = dataclasses.replace(SMALL, rollout=64, critic_warmup=10**6, kl_coef=0.0)
+    experience = make(config)
+    value = experience.problem.model.value
+    optimizer = torch.optim.AdamW(value.parameters(), lr=1e-2)
+    explained = []
+    for step in range(48):
+        update(experience, step)
+        optimizer.step()
+        explained.append(experience.values["explained_variance"])
+    assert explained[0] < 0
+    assert np.mean(explained[16:]) > 0.15
+
+
 def test_pretraining_text_counts_by_its_mean(tmp_path):
     with ShardWriter(tmp_path / "x.bin", vocab_size=12, tokenizer_hash="0" * 64) as writer:
         writer.append(np.arange(400) % 11)
