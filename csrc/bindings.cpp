@@ -139,14 +139,15 @@ class PyEncoder {
   }
 
   py::list encode_batch(const py::sequence& texts, int threads) {
-    constexpr std::size_t kBytes = std::size_t{1} << 20;  // for a thread at a time
+    // For each thread at a time: little enough that the ids stay near, and worth a thread.
+    const std::size_t bytes_each = std::size_t{1} << (threads == 1 ? 18 : 22);
     // A fast sequence keeps every text alive whatever happens to the caller's list meanwhile.
     const py::tuple held(texts);
     std::vector<std::string_view> views;
     views.reserve(held.size());
     for (const py::handle text : held) views.push_back(text_view(text));
     std::vector<Encoder::State> states = acquire(threads, views.size());
-    const std::size_t most = states.size() * kBytes;
+    const std::size_t most = states.size() * bytes_each;
     Batch batch(encoder_, std::move(states), narrow_);
     py::list out(views.size());
     for (std::size_t begin = 0; begin < views.size();) {
@@ -181,11 +182,19 @@ class PyEncoder {
   }
 
   py::bytes decode(py::handle ids) const {
-    if (py::isinstance<py::array>(ids)) {
-      return decode_array(py::reinterpret_borrow<py::array>(ids));
-    }
-    const std::vector<std::int64_t> values = integers(ids);
-    return decode_values(values.data(), values.size());
+    ByteBuffer bytes;
+    decode_to(ids, bytes);
+    return py::bytes(bytes.data(), bytes.size());
+  }
+
+  py::str decode_text(py::handle ids, const char* errors) const {
+    ByteBuffer bytes;
+    decode_to(ids, bytes);
+    const auto size = static_cast<Py_ssize_t>(bytes.size());
+    const auto text = py::reinterpret_steal<py::str>(
+        PyUnicode_DecodeUTF8(size ? bytes.data() : "", size, errors));
+    if (!text) throw py::error_already_set();
+    return text;
   }
 
   std::size_t vocab_size() const { return encoder_.vocab_size(); }
@@ -236,64 +245,61 @@ class PyEncoder {
     return ids;
   }
 
-  static std::vector<std::int64_t> integers(py::handle ids) {
-    const py::object fast = py::reinterpret_steal<py::object>(
-        PySequence_Fast(ids.ptr(), "ids must be a sequence of integers"));
-    if (!fast) throw py::error_already_set();
-    const auto size = PySequence_Fast_GET_SIZE(fast.ptr());
-    std::vector<std::int64_t> values;
-    values.reserve(static_cast<std::size_t>(size));
-    // The size is read again each time: __index__ of an item may run code that shrinks the list.
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(fast.ptr()); ++i) {
-      PyObject* const item = PySequence_Fast_GET_ITEM(fast.ptr(), i);
-      int overflow = 0;
-      long long value;
-      if (PyLong_CheckExact(item)) {  // runs no code that could free it
-        value = PyLong_AsLongLongAndOverflow(item, &overflow);
-      } else {
-        const auto held = py::reinterpret_borrow<py::object>(item);
-        value = PyLong_AsLongLongAndOverflow(held.ptr(), &overflow);
-      }
-      if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-      values.push_back(overflow ? -1 : value);
-    }
-    return values;
-  }
-
-  template <class Id>
-  py::bytes decode_values(const Id* data, std::size_t count) const {
-    std::size_t size = 0;
-    {
-      const py::gil_scoped_release release;
-      size = encoder_.decoded_size(data, count);
-    }
-    auto out = py::reinterpret_steal<py::bytes>(
-        PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
-    if (!out) throw py::error_already_set();
-    char* const bytes = PyBytes_AS_STRING(out.ptr());
-    {
-      const py::gil_scoped_release release;
-      encoder_.decode(data, count, bytes, size);
-    }
-    return out;
-  }
-
-  template <class Id>
-  py::bytes decode_as(const py::array& ids) const {
-    const auto typed = py::array_t<Id, py::array::c_style | py::array::forcecast>::ensure(ids);
-    if (!typed) throw py::error_already_set();
-    return decode_values(typed.data(), static_cast<std::size_t>(typed.size()));
-  }
-
-  py::bytes decode_array(const py::array& ids) const {
-    const char kind = ids.dtype().kind();
-    if (ids.ndim() != 1 || (kind != 'i' && kind != 'u')) {
+  void decode_to(py::handle ids, ByteBuffer& out) const {
+    if (!py::isinstance<py::array>(ids)) return decode_sequence(ids, out);
+    const auto array = py::reinterpret_borrow<py::array>(ids);
+    const char kind = array.dtype().kind();
+    if (array.ndim() != 1 || (kind != 'i' && kind != 'u')) {
       throw py::type_error("ids must be a one-dimensional array of integers");
     }
-    if (kind == 'u' && ids.itemsize() <= 2) return decode_as<std::uint16_t>(ids);
-    if (kind == 'u' && ids.itemsize() == 4) return decode_as<std::uint32_t>(ids);
-    if (ids.itemsize() <= 4) return decode_as<std::int32_t>(ids);
-    return decode_as<std::int64_t>(ids);
+    if (kind == 'u' && array.itemsize() <= 2) return decode_as<std::uint16_t>(array, out);
+    if (kind == 'u' && array.itemsize() == 4) return decode_as<std::uint32_t>(array, out);
+    if (array.itemsize() <= 4) return decode_as<std::int32_t>(array, out);
+    decode_as<std::int64_t>(array, out);
+  }
+
+  template <class Id>
+  void decode_as(const py::array& ids, ByteBuffer& out) const {
+    const auto typed = py::array_t<Id, py::array::c_style | py::array::forcecast>::ensure(ids);
+    if (!typed) throw py::error_already_set();
+    const Id* const data = typed.data();
+    const auto count = static_cast<std::size_t>(typed.size());
+    const py::gil_scoped_release release;
+    out.room(count * kLikelyBytes);
+    encoder_.decode(data, count, out);
+  }
+
+  static constexpr std::size_t kLikelyBytes = 4;  // of a token
+
+  // Some ids at a time, so that they are decoded while they are near.
+  void decode_sequence(py::handle ids, ByteBuffer& out) const {
+    const auto items = py::reinterpret_steal<py::object>(
+        PySequence_Fast(ids.ptr(), "ids must be a sequence of integers"));
+    if (!items) throw py::error_already_set();
+    out.room(static_cast<std::size_t>(PySequence_Fast_GET_SIZE(items.ptr())) * kLikelyBytes);
+    constexpr std::size_t kStep = 1024;
+    std::uint32_t step[kStep];
+    std::size_t count = 0;
+    std::size_t before = 0;
+    const auto flush = [&] {
+      encoder_.decode(step, count, out, before);
+      before += count;
+      count = 0;
+    };
+    // The size is read again each time: __index__ of an item may run code that shrinks the list.
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items.ptr()); ++i) {
+      PyObject* const item = PySequence_Fast_GET_ITEM(items.ptr(), i);
+      if (!small_integer(item, &step[count])) {
+        const std::int64_t value = any_integer(item);
+        if (value < 0 || value > 0xFFFFFFFF) {
+          flush();  // an id before this one may be wrong too
+          encoder_.refuse(std::to_string(value), before);
+        }
+        step[count] = static_cast<std::uint32_t>(value);
+      }
+      if (++count == kStep) flush();
+    }
+    flush();
   }
 
   Encoder encoder_;
@@ -465,6 +471,7 @@ PYBIND11_MODULE(_bpe, m) {
       .def("encode_spans", &PyEncoder::encode_spans, py::arg("text"), py::arg("ends"),
            py::arg("dropout"), py::arg("seed"))
       .def("decode", &PyEncoder::decode, py::arg("ids"))
+      .def("decode_text", &PyEncoder::decode_text, py::arg("ids"), py::arg("errors"))
       .def_property_readonly("vocab_size", &PyEncoder::vocab_size);
   py::class_<PyTrainer>(m, "Trainer")
       .def(py::init<const std::string&, int>(), py::arg("pattern"), py::arg("threads"))

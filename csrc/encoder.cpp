@@ -13,7 +13,6 @@ namespace {
 
 constexpr std::uint32_t kNone = MergeTable::kNone;
 constexpr std::uint32_t kEnd = 0xFFFFFFFF;  // no neighbour
-constexpr std::size_t kCopied = 16;         // bytes that decode() copies for most tokens
 // A state keeps the work space of pieces up to this many bytes, and of texts up to this many ids;
 // larger ones are given back.
 constexpr std::size_t kKeepNodes = std::size_t{1} << 20;
@@ -105,8 +104,13 @@ void Encoder::index_specials() {
   for (const std::string_view token : all) {
     bytes_ += token;
     offsets_.push_back(bytes_.size());
+    Spelling spelling{};
+    if (token.size() <= sizeof spelling.bytes) {
+      std::copy(token.begin(), token.end(), spelling.bytes);
+      spelling.length = static_cast<std::uint8_t>(token.size());
+    }
+    spellings_.push_back(spelling);
   }
-  bytes_.append(kCopied, '\0');  // decode() reads on behind a token
 }
 
 void Encoder::index_whole_pieces() {
@@ -375,48 +379,45 @@ void Encoder::encode_with_specials(std::string_view text, const std::vector<std:
 }
 
 template <class Id>
-std::size_t Encoder::decoded_size(const Id* ids, std::size_t count) const {
-  std::size_t total = 0;
-  for (std::size_t i = 0; i < count; ++i) {
-    const auto id = static_cast<std::uint64_t>(ids[i]);  // a negative id becomes a huge one
-    if (id >= vocab_size() || offsets_[id] == offsets_[id + 1]) {
-      throw std::invalid_argument("token id " + std::to_string(ids[i]) + " at position " +
-                                  std::to_string(i) + " is not in the vocabulary of " +
-                                  std::to_string(vocab_size()));
+void Encoder::decode(const Id* ids, std::size_t count, ByteBuffer& out, std::size_t before) const {
+  constexpr std::size_t kStep = 1024;
+  static_assert(sizeof(Spelling) == 16, "a spelling is copied as a whole");
+  for (std::size_t begin = 0; begin < count; begin += kStep) {
+    const std::size_t end = std::min(count, begin + kStep);
+    char* place = out.room((end - begin) * sizeof(Spelling));
+    for (std::size_t i = begin; i < end; ++i) {
+      const Id id = ids[i];  // read once: the caller's array may change meanwhile
+      const auto index = static_cast<std::uint64_t>(id);  // a negative id becomes a huge one
+      if (index < spellings_.size() && spellings_[index].length) {
+        std::memcpy(place, &spellings_[index], sizeof(Spelling));  // the next overwrites the rest
+        place += spellings_[index].length;
+      } else {
+        out.advance_to(place);
+        append_token(id, before + i, out);
+        place = out.room((end - i) * sizeof(Spelling));
+      }
     }
-    total += offsets_[id + 1] - offsets_[id];
+    out.advance_to(place);
   }
-  return total;
 }
 
 template <class Id>
-void Encoder::decode(const Id* ids, std::size_t count, char* out, std::size_t size) const {
-  char* const end = out + size;
-  for (std::size_t i = 0; i < count; ++i) {
-    const auto id = static_cast<std::uint64_t>(ids[i]);
-    const auto room = static_cast<std::size_t>(end - out);
-    if (id >= vocab_size() || offsets_[id + 1] - offsets_[id] > room) {
-      throw std::invalid_argument("the ids were changed while they were decoded");
-    }
-    const char* const token = bytes_.data() + offsets_[id];
-    const std::size_t length = offsets_[id + 1] - offsets_[id];
-    if (length <= kCopied && room >= kCopied) {
-      std::memcpy(out, token, kCopied);  // of fixed size; the next token overwrites the surplus
-    } else {
-      std::memcpy(out, token, length);
-    }
-    out += length;
+void Encoder::append_token(Id id, std::size_t position, ByteBuffer& out) const {
+  const auto index = static_cast<std::uint64_t>(id);
+  if (index >= vocab_size() || offsets_[index] == offsets_[index + 1]) {
+    refuse(std::to_string(id), position);
   }
-  if (out != end) throw std::invalid_argument("the ids were changed while they were decoded");
+  out.append(bytes_.data() + offsets_[index], offsets_[index + 1] - offsets_[index]);
 }
 
-template std::size_t Encoder::decoded_size(const std::uint16_t*, std::size_t) const;
-template void Encoder::decode(const std::uint16_t*, std::size_t, char*, std::size_t) const;
-template std::size_t Encoder::decoded_size(const std::uint32_t*, std::size_t) const;
-template void Encoder::decode(const std::uint32_t*, std::size_t, char*, std::size_t) const;
-template std::size_t Encoder::decoded_size(const std::int32_t*, std::size_t) const;
-template void Encoder::decode(const std::int32_t*, std::size_t, char*, std::size_t) const;
-template std::size_t Encoder::decoded_size(const std::int64_t*, std::size_t) const;
-template void Encoder::decode(const std::int64_t*, std::size_t, char*, std::size_t) const;
+void Encoder::refuse(const std::string& id, std::size_t position) const {
+  throw std::invalid_argument("token id " + id + " at position " + std::to_string(position) +
+                              " is not in the vocabulary of " + std::to_string(vocab_size()));
+}
+
+template void Encoder::decode(const std::uint16_t*, std::size_t, ByteBuffer&, std::size_t) const;
+template void Encoder::decode(const std::uint32_t*, std::size_t, ByteBuffer&, std::size_t) const;
+template void Encoder::decode(const std::int32_t*, std::size_t, ByteBuffer&, std::size_t) const;
+template void Encoder::decode(const std::int64_t*, std::size_t, ByteBuffer&, std::size_t) const;
 
 }  // namespace fastgpt

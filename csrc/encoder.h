@@ -76,12 +76,12 @@ class Encoder {
   void encode_with_specials(std::string_view text, const std::vector<std::size_t>& allowed,
                             EncodeState& state, TokenBuffer& out) const;
 
-  // Bytes that ids stand for; throws std::invalid_argument naming the first id without a token.
+  // Appends the bytes that ids stand for; throws std::invalid_argument naming the first id without
+  // a token. `before` ids were decoded before these.
   template <class Id>
-  std::size_t decoded_size(const Id* ids, std::size_t count) const;
-  // Writes those bytes. Throws std::invalid_argument if size is not decoded_size(ids, count).
-  template <class Id>
-  void decode(const Id* ids, std::size_t count, char* out, std::size_t size) const;
+  void decode(const Id* ids, std::size_t count, ByteBuffer& out, std::size_t before = 0) const;
+  // Throws that exception.
+  [[noreturn]] void refuse(const std::string& id, std::size_t position) const;
 
   std::size_t vocab_size() const { return offsets_.size() - 1; }
   const Vocabulary& vocabulary() const { return vocabulary_; }
@@ -99,6 +99,8 @@ class Encoder {
   void merge_short(const std::uint8_t* p, std::size_t length, TokenBuffer& out) const;
   void merge_long(const std::uint8_t* p, std::size_t length, EncodeState& state,
                   TokenBuffer& out) const;
+  template <class Id>
+  void append_token(Id id, std::size_t position, ByteBuffer& out) const;
   void index_bytes();
   void index_specials();
   void check_merges() const;
@@ -113,6 +115,12 @@ class Encoder {
   std::unordered_map<std::string, std::uint32_t> unreachable_;
   std::string bytes_;                   // of all ids, one behind the other
   std::vector<std::uint64_t> offsets_;  // of id i: [offsets_[i], offsets_[i + 1])
+  // The same for most ids in one place, so that decoding goes to memory once an id.
+  struct Spelling {
+    char bytes[15];
+    std::uint8_t length;  // 0: longer, or an id without a token
+  };
+  std::vector<Spelling> spellings_;
   mutable std::mutex pool_mutex_;
   mutable std::vector<std::unique_ptr<EncodeState>> pool_;
 };

@@ -46,6 +46,30 @@ class IntegerTable {
   std::vector<PyObject*> objects_;
 };
 
+// Whether the object is an int from 0 to 2^30 - 1; its value. Runs no code of others.
+inline bool small_integer(PyObject* object, std::uint32_t* value) {
+  if (!PyLong_CheckExact(object)) return false;
+  auto* const integer = reinterpret_cast<PyLongObject*>(object);
+#if PY_VERSION_HEX >= 0x030C0000
+  if (!PyUnstable_Long_IsCompact(integer)) return false;
+  const Py_ssize_t found = PyUnstable_Long_CompactValue(integer);
+  *value = static_cast<std::uint32_t>(found);
+  return found >= 0;
+#else
+  *value = integer->ob_digit[0];
+  return Py_SIZE(object) == 1 || (Py_SIZE(object) == 0 && *value == 0);
+#endif
+}
+
+// The value of an int, or of what has __index__; -1 if it has more than 64 bits.
+inline std::int64_t any_integer(PyObject* object) {
+  const auto held = py::reinterpret_borrow<py::object>(object);  // the code may free it
+  int overflow = 0;
+  const long long value = PyLong_AsLongLongAndOverflow(held.ptr(), &overflow);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return overflow ? -1 : value;
+}
+
 inline py::dtype id_dtype(bool narrow) {
   return narrow ? py::dtype::of<std::uint16_t>() : py::dtype::of<std::uint32_t>();
 }

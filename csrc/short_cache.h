@@ -103,7 +103,8 @@ class ShortCache {
     const Entry& entry = bucket->way[first ? 0 : 1];
     std::memcpy(out, entry.ids, sizeof entry.ids);
     const std::size_t count = entry.count();
-    return (first | second) & (count <= kMaxIds) ? count : 0;
+    const bool here = (first | second) & (count <= kMaxIds);
+    return here ? count : 0;
   }
 
   // The entry of the key, nullptr if there is none.

@@ -62,6 +62,7 @@ class Tokenizer:
         self._encode = self._engine.encode
         self._encode_to_numpy = self._engine.encode_to_numpy
         self._decode = self._engine.decode_bytes
+        self._decode_text = self._engine.decode
         self.vocab_size = self._engine.vocab_size
         self.special_tokens = self._engine.special_tokens
         self._special_places = {text: i for i, text in enumerate(self.special_tokens)}
@@ -312,7 +313,7 @@ class Tokenizer:
 
     def decode(self, ids: Ids, errors: str = "replace") -> str:
         """Text of the ids; ``errors`` as in ``bytes.decode`` for ids that cut a character."""
-        return self._decode(ids).decode("utf-8", errors)
+        return self._decode_text(ids, errors)
 
     def decode_bytes(self, ids: Ids) -> bytes:
         """Bytes of the ids; raises ValueError for one that is not in the vocabulary."""

@@ -98,6 +98,7 @@ class BytePair:
         )
         self.vocab_size: int = self._core.vocab_size
         self.decode_bytes: Callable[[Any], bytes] = self._core.decode
+        self.decode: Callable[[Any, str], str] = self._core.decode_text
         # Several threads for one text: where it may be cut is what a scanner knows.
         self.encode_parallel: Callable[[str, int], np.ndarray] | None = (
             self._core.encode_parallel if scanned else None

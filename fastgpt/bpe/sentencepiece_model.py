@@ -105,6 +105,10 @@ class SentencePiece:
             "repeat what it drew in another process"
         )
 
+    def decode(self, ids: Sequence[int] | np.ndarray, errors: str) -> str:
+        """Text of the ids; ``errors`` as in ``bytes.decode``."""
+        return self.decode_bytes(ids).decode("utf-8", errors)
+
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """Bytes of the ids; raises ValueError for one that is not in the vocabulary."""
         pieces: list[bytes] = []

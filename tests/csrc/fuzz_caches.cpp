@@ -62,16 +62,16 @@ void check_short_cache(std::uint64_t pieces) {
       const std::string text = piece_of(i, 8 + i % 8);
       const std::vector<std::uint8_t> exact(text.begin(), text.end());
       const std::uint8_t* const end = exact.data() + exact.size();
-      cache.make_room(1);
+      const ShortCache::View view = cache.make_room(1);
       const ShortCache::Key key = ShortCache::make_key(exact.data(), exact.size(), end);
       const std::string longer = text + "something behind it";
       const ShortCache::Key same =
           ShortCache::make_key(bytes_of(longer), text.size(), bytes_of(longer) + longer.size());
       require(key.low == same.low && key.high == same.high, "a key is its piece alone");
-      const std::uint32_t place = cache.locate(key);
+      const ShortCache::Bucket* const place = view.locate(key);
       const Ids ids = ids_of(i, 1 + i % ShortCache::kMaxIds);
       std::uint32_t found[ShortCache::kMaxIds];
-      std::size_t count = cache.find(key, place, found);
+      std::size_t count = ShortCache::find(key, place, found);
       if (const ShortCache::Entry* const entry = cache.look_around(key, place)) {
         require(count == 0 || count == entry->count(), "both ways of looking agree");
         count = entry->count();
