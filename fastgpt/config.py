@@ -209,15 +209,17 @@ class TrainConfig:
     """The training loop."""
 
     out: Path | None = None
-    """Run directory; default runs/<stage>-<preset>."""
+    """Run directory; default runs/<stage> (pretrain-<preset>, sft, reward, dpo, the algorithm)."""
     steps: int = 1000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run; 0 in the later stages: what their epochs or episodes take.
+    """
     batch_tokens: int = 65536
     """Tokens of one optimizer step, over all processes."""
     seq_len: int | None = None
     """Tokens of one sequence; default: the model's context."""
     micro_batch: int | None = None
-    """Sequences of one forward pass; default: what 16k tokens (GPU) or 8k tokens (CPU) hold."""
+    """Sequences of one forward pass; default: what 16k tokens (GPU) or 8k tokens (CPU; 4k with
+    rankings) hold."""
     eval_every: int = 100
     """Steps between evaluations; 0: only at the end."""
     eval_tokens: int = 262144
