@@ -73,6 +73,7 @@ def reward(config: RewardConfig, world: World) -> None:
         if writer is not None and config.norm_samples:
             rows = sample_answers(writer, tokenizer, data.train, config)
             samples = packed_samples(rows, data.train)
+        del writer  # or its weights would stay in memory
         if world.rank == 0:
             save_config(config, run)
     stage = Stage(model, world, data.prompts, config.margin, data.train, data.val, samples)

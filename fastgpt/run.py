@@ -14,7 +14,7 @@ import torch
 
 from fastgpt import cli
 from fastgpt.chat import end_id
-from fastgpt.checkpoint import Checkpoint, load_checkpoint
+from fastgpt.checkpoint import Checkpoint, list_steps, load_checkpoint
 from fastgpt.config import DataConfig, ModelConfig, StageConfig
 from fastgpt.data.batches import (
     TokenizedData,
@@ -109,10 +109,13 @@ def load_init(config: StageConfig, run: RunDir, world: World) -> tuple[GPT, Toke
 
 
 def load_chat_init(config: StageConfig, run: RunDir, world: World) -> tuple[GPT, Tokenizer]:
-    """As `load_init`, of a model that was finetuned on chats; its tokenizer becomes the run's."""
+    """As `load_init`, of a model that was finetuned on chats.
+
+    Its tokenizer becomes that of a new run; one that is resumed keeps its own.
+    """
     model, tokenizer = load_init(config, run, world)
     end_id(tokenizer)  # or it says what is missing
-    if world.rank == 0:
+    if world.rank == 0 and not list_steps(run.checkpoints):
         tokenizer.save(run.tokenizer_path)
     return model, tokenizer
 

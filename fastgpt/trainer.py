@@ -292,13 +292,16 @@ class _Loop:
         return {"train": vars(self.state), "rng": rng_state(), **stage}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take model, optimizers, counters and random state from ``checkpoint``."""
+        """Take model, optimizers, counters and random state from ``checkpoint``.
+
+        The stage comes first: what it refuses explains weights that do not fit.
+        """
+        if self.stage_state is not None:
+            self.stage_state.load(checkpoint.state["stage"], checkpoint.tensors.get("stage", {}))
         for name, part in checkpoint_parts(self.model).items():
             load_weights(part, checkpoint, name)
         self.optimizers.load_state_tensors(checkpoint.tensors["optimizer"])
         self.state = TrainState(**checkpoint.state["train"])
-        if self.stage_state is not None:
-            self.stage_state.load(checkpoint.state["stage"], checkpoint.tensors.get("stage", {}))
         set_rng_state(checkpoint.state["rng"])
 
     def step(self, batch: Sequence[Batch], stop: StopRequest) -> _Stats:

@@ -416,6 +416,23 @@ def test_a_stage_with_state_and_parts_resumes_exactly(tmp_path):
     assert not torch.equal(files["model"]["wte.weight"], Pair().policy.wte.weight)
 
 
+def test_what_a_stage_refuses_is_said_before_weights_that_do_not_fit(run):
+    class Refusing(Counter):
+        def load(self, state, tensors):
+            raise UsageError("--init: another model")
+
+    with pytest.raises(Preempted):
+        train(run, stage_state=Counter(), stop_at=2)
+    wider = GPT(dataclasses.replace(CONFIG, n_embd=32))
+    checkpoint = load_checkpoint(run.checkpoints)
+    for stage_state, error, message in (
+        (Refusing(), UsageError, "--init: another model"),
+        (Counter(), DataError, "the configured model needs"),
+    ):
+        with pytest.raises(error, match=message):
+            train(run, wider, resume=checkpoint, stage_state=stage_state)
+
+
 def test_muon_takes_the_hidden_matrices_of_every_model_inside():
     names = {n for n in Optimizers(Pair(), OPTIM)._names.values() if n.endswith("qkv.weight")}
     optimizers = Optimizers(Pair(), OPTIM)
