@@ -29,11 +29,11 @@ def test_static(benchmark, arch, monkeypatch, tmp_path):
 
 
 def test_attention_estimate():
-    """Bounds, not measurements: at D = 64 no worse than the best tile of Triton's tutorial."""
+    """Bounds, not measurements: no worse than the best tile of Triton's tutorial."""
     for arch in attention_estimate.RATES:
         print("\n" + "\n".join(attention_estimate.table(arch)))
-    case = attention_estimate.forward_cases("sm_90")[0]
-    found = attention_estimate.estimate(case, "sm_90")
-    serial, overlapped = attention_estimate.TUTORIAL["sm_90", case.constexprs["HEAD_DIM"]]
-    assert found.serial >= serial - 0.005
-    assert found.overlapped >= overlapped - 0.005
+    for case in attention_estimate.forward_cases("sm_90"):
+        found = attention_estimate.estimate(case, "sm_90")
+        serial, overlapped = attention_estimate.TUTORIAL["sm_90", case.constexprs["HEAD_DIM"]]
+        assert found.serial >= serial - 0.005
+        assert found.overlapped >= overlapped - 0.005

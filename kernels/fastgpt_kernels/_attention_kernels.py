@@ -48,8 +48,12 @@ def fwd_loop(
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, MASK_COLS: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over n_blocks key blocks; after n_head of them jump ``skip`` keys ahead."""
-    for i in range(n_blocks):
+    """Online softmax over n_blocks key blocks; after n_head of them jump ``skip`` keys ahead.
+
+    A pipelined loop holds the addresses of its next loads. Where 128 keys at once leave no register
+    for them, the masked loop, which has few trips, goes without.
+    """
+    for i in tl.range(0, n_blocks, num_stages=1 if MASKED and BLOCK_N >= 128 else None):
         start = first + i * BLOCK_N
         if MASKED:
             start += tl.where(i >= n_head, skip, 0)
@@ -114,16 +118,15 @@ def fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
-    acc, total, peak = fwd_loop(
-        acc, total, peak, q, k_tile, v_tile, stride_ks, stride_vs, lo, hi, col_ok, S,
-        first, n_head, n_full * BLOCK_N, n_edge, score_in, score_log2,
-        True, SOFTCAP, MASK_COLS, BLOCK_N, PRECISION,
-    )  # fmt: skip
-    acc, total, peak = fwd_loop(
-        acc, total, peak, q, k_tile, v_tile, stride_ks, stride_vs, lo, hi, col_ok, S,
-        full, 0, 0, n_full, score_in, score_log2,
-        False, SOFTCAP, MASK_COLS, BLOCK_N, PRECISION,
-    )  # fmt: skip
+    # Masked blocks first; but last (0, then 1) where registers are short, see fwd_loop.
+    FIRST: tl.constexpr = 0 if BLOCK_N >= 128 else 1
+    STEP: tl.constexpr = 1 - 2 * FIRST
+    for masked in tl.static_range(FIRST, FIRST + 2 * STEP, STEP):
+        acc, total, peak = fwd_loop(
+            acc, total, peak, q, k_tile, v_tile, stride_ks, stride_vs, lo, hi, col_ok, S,
+            first if masked else full, n_head, n_full * BLOCK_N, n_edge if masked else n_full,
+            score_in, score_log2, masked, SOFTCAP, MASK_COLS, BLOCK_N, PRECISION,
+        )  # fmt: skip
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)

@@ -105,17 +105,18 @@ def assert_as_good_as(
     factor: float,
     what: str = "result",
     floor_dtype: torch.dtype | None = None,
+    least_floor: float = 1e-30,
 ) -> None:
     """|ours - exact| <= factor * |native - exact| + floor, in the maximum norm.
 
-    The floor is half a step of ``floor_dtype`` (two in float32) at the largest exact value; the
-    default is the dtype of the result.
+    The floor is half a step of ``floor_dtype`` (two in float32) at the largest exact value, and at
+    least ``least_floor``; the default is the dtype of the result.
     """
     assert ours.dtype == native.dtype, f"{what}: dtype {ours.dtype}, PyTorch gives {native.dtype}"
     magnitude = exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0
     floor_dtype = floor_dtype or ours.dtype
     steps = 2.0 if floor_dtype == torch.float32 else 0.5
-    floor = steps * torch.finfo(floor_dtype).eps * magnitude + 1e-30
+    floor = max(steps * torch.finfo(floor_dtype).eps * magnitude, least_floor)
     error, allowed = (
         max_error(ours, exact),
         factor * max_error(native.nan_to_num(), exact.nan_to_num()) + floor,
@@ -145,6 +146,7 @@ def compare(
     grad_output: Tensor | str | None = "random",
     factors: tuple[float, float] = (2.0, 3.0),
     output_floor: torch.dtype | None = None,
+    gradient_floor: float = 1e-30,
 ) -> None:
     """Judge ``ours`` (output and all gradients) by the rule of this module.
 
@@ -158,6 +160,8 @@ def compare(
         factors: allowed multiple of PyTorch's error for the output and for gradients.
         output_floor: dtype whose rounding step is the floor of the output. A float32 sum over rows
             computed in bfloat16 needs it: PyTorch's own errors cancel in it by luck.
+        gradient_floor: least floor of gradients. Where terms cancel, whose rounding then remains,
+            neither the result nor PyTorch's own error, which may be lucky, says how large they were.
     """
     guarded = [
         guard(x, lay)
@@ -185,4 +189,5 @@ def compare(
     assert_as_good_as(our_output, native_output, exact_output, factors[0], "output", output_floor)
     for index, (a, b, c) in enumerate(zip(our_grads, native_grads, exact_grads, strict=True)):
         assert a is not None, f"no gradient for input {index}"
-        assert_as_good_as(a, b, c, factors[1], f"gradient of float input {index}")
+        what = f"gradient of float input {index}"
+        assert_as_good_as(a, b, c, factors[1], what, least_floor=gradient_floor)
