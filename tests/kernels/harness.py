@@ -161,7 +161,7 @@ def compare(
         output_floor: dtype whose rounding step is the floor of the output. A float32 sum over rows
             computed in bfloat16 needs it: PyTorch's own errors cancel in it by luck.
         gradient_floor: least floor of gradients. Where terms cancel, whose rounding then remains,
-            neither the result nor PyTorch's own error, which may be lucky, says how large they were.
+            neither the result nor PyTorch's own error, which may be lucky, says how large they are.
     """
     guarded = [
         guard(x, lay)

@@ -16,7 +16,12 @@ pytest.importorskip("triton", reason="the interpreter is Triton's")
 @pytest.mark.full
 @pytest.mark.parametrize(
     "which",
-    ["outputs_and_gradients and eager", "eager-left or packed or sliding", "cache", "fused"],
+    [
+        "outputs_and_gradients and (eager or checkpoint)",
+        "eager-left or packed or sliding",
+        "cache",
+        "fused",
+    ],
 )
 def test_patched_models_in_the_interpreter(which):
     tests = Path(__file__).with_name("test_patch_transformers.py")
