@@ -1,4 +1,4 @@
-// Python bindings of the BPE core; what lists and arrays are made of is in python_ids.h.
+// Python bindings of the BPE core; python_ids.h and python_text.h know of it too.
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -15,6 +15,7 @@
 #include "parallel.h"
 #include "piece_finder.h"
 #include "python_ids.h"
+#include "python_text.h"
 #include "rank_merges.h"
 #include "span_encoder.h"
 #include "trainer.h"
@@ -66,14 +67,16 @@ class Batch {
     for (std::size_t i = 0; i < states_.size(); ++i) arrays_.emplace_back(narrow);
   }
 
-  void encode(const std::string_view* texts, std::size_t count) {
+  // Throws LoneSurrogate.
+  void encode(const Text* texts, std::size_t count) {
     const py::gil_scoped_release release;
     for (IdArray& array : arrays_) array.clear();
     parts_.resize(count);
     parallel_for(count, static_cast<int>(states_.size()), [&](std::size_t i, int thread) {
       IdArray& array = arrays_[static_cast<std::size_t>(thread)];
+      EncodeState& state = *states_[static_cast<std::size_t>(thread)];
       parts_[i] = {&array, array.size(), 0};
-      encoder_.encode(texts[i], *states_[static_cast<std::size_t>(thread)], array);
+      encoder_.encode(texts[i].utf8(state.text), state, array);
       parts_[i].count = array.size() - parts_[i].begin;
     });
   }
@@ -102,30 +105,31 @@ class PyEncoder {
 
   py::list encode(py::handle text, const std::vector<std::size_t>& allowed) {
     const Encoder::State state = encoder_.acquire();
-    const TokenBuffer& ids = run(text_view(text), allowed, *state);
+    const TokenBuffer& ids = run(Text(text), allowed, *state);
     if (!integers_) integers_ = std::make_unique<IntegerTable>(encoder_.vocab_size());
     return integers_->list(ids.data(), ids.size());
   }
 
   py::array encode_to_numpy(py::handle text, const std::vector<std::size_t>& allowed) {
     const Encoder::State state = encoder_.acquire();
-    const std::string_view view = text_view(text);
-    if (!allowed.empty() || view.size() <= Encoder::kPart) {
-      const TokenBuffer& ids = run(view, allowed, *state);
+    const Text wanted(text);
+    if (!allowed.empty() || wanted.size() <= Encoder::kPart) {
+      const TokenBuffer& ids = run(wanted, allowed, *state);
       return to_array(narrow_, ids.data(), ids.size());
     }
     IdArray ids(narrow_);
     {
       const py::gil_scoped_release release;
-      encoder_.encode(view, *state, ids);
+      encoder_.encode(wanted.utf8(state->text), *state, ids);
     }
     return to_array(ids);
   }
 
   py::array encode_parallel(py::handle text, int threads) {
     const std::vector<std::string_view> views = Encoder::parts(text_view(text));
-    Batch batch(encoder_, acquire(threads, views.size()), narrow_);
-    batch.encode(views.data(), views.size());
+    const std::vector<Text> parts(views.begin(), views.end());
+    Batch batch(encoder_, acquire(threads, parts.size()), narrow_);
+    batch.encode(parts.data(), parts.size());
     std::size_t total = 0;
     for (const Batch::Part& part : batch.parts()) total += part.count;
     py::array out(id_dtype(narrow_), total);
@@ -143,19 +147,21 @@ class PyEncoder {
     const std::size_t bytes_each = std::size_t{1} << (threads == 1 ? 18 : 22);
     // A fast sequence keeps every text alive whatever happens to the caller's list meanwhile.
     const py::tuple held(texts);
-    std::vector<std::string_view> views;
-    views.reserve(held.size());
-    for (const py::handle text : held) views.push_back(text_view(text));
-    std::vector<Encoder::State> states = acquire(threads, views.size());
+    const std::vector<Text> wanted(held.begin(), held.end());
+    std::vector<Encoder::State> states = acquire(threads, wanted.size());
     const std::size_t most = states.size() * bytes_each;
     Batch batch(encoder_, std::move(states), narrow_);
-    py::list out(views.size());
-    for (std::size_t begin = 0; begin < views.size();) {
+    py::list out(wanted.size());
+    for (std::size_t begin = 0; begin < wanted.size();) {
       std::size_t end = begin;
-      for (std::size_t bytes = 0; end < views.size() && bytes < most; ++end) {
-        bytes += views[end].size();
+      for (std::size_t bytes = 0; end < wanted.size() && bytes < most; ++end) {
+        bytes += wanted[end].size();
       }
-      batch.encode(&views[begin], end - begin);
+      try {
+        batch.encode(&wanted[begin], end - begin);
+      } catch (const LoneSurrogate&) {
+        for (const py::handle text : held) Text::refuse(text);
+      }
       for (const auto& [array, first, count] : batch.parts()) {
         out[begin++] = to_array(*array, first, count);
       }
@@ -227,13 +233,14 @@ class PyEncoder {
 
   // Encodes into the work space of the state. A state is taken and given back under the GIL, so
   // that no fork can meet a locked pool.
-  const TokenBuffer& run(std::string_view text, const std::vector<std::size_t>& allowed,
+  const TokenBuffer& run(const Text& text, const std::vector<std::size_t>& allowed,
                          EncodeState& state) const {
     TokenBuffer& ids = state.ids;
     ids.clear();
     const auto encode = [&] {
-      if (allowed.empty()) return encoder_.encode(text, state, ids);
-      encoder_.encode_with_specials(text, allowed, state, ids);
+      const std::string_view utf8 = text.utf8(state.text);
+      if (allowed.empty()) return encoder_.encode(utf8, state, ids);
+      encoder_.encode_with_specials(utf8, allowed, state, ids);
     };
     constexpr std::size_t kWorthARelease = 1024;
     if (text.size() < kWorthARelease) {
@@ -320,6 +327,8 @@ PyObject* call_encoder(PyObject* capsule, PyObject* const* args, Py_ssize_t coun
       allowed = py::cast<std::vector<std::size_t>>(py::handle(args[1]));
     }
     return (encoder->*kMethod)(args[0], allowed).release().ptr();
+  } catch (const LoneSurrogate&) {
+    PyUnicode_AsUTF8AndSize(args[0], nullptr);  // sets the error
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const py::builtin_exception& error) {

@@ -13,10 +13,11 @@ namespace {
 
 constexpr std::uint32_t kNone = MergeTable::kNone;
 constexpr std::uint32_t kEnd = 0xFFFFFFFF;  // no neighbour
-// A state keeps the work space of pieces up to this many bytes, and of texts up to this many ids;
-// larger ones are given back.
+// A state keeps the work space of pieces up to this many bytes, and of texts up to this many ids
+// and bytes; larger ones are given back.
 constexpr std::size_t kKeepNodes = std::size_t{1} << 20;
 constexpr std::size_t kKeepIds = std::size_t{1} << 20;
+constexpr std::size_t kKeepText = std::size_t{1} << 22;
 
 // The end of a part of text from `begin` on: between a letter and a blank, where every pattern cuts
 // whatever stands around them.
@@ -135,6 +136,7 @@ Encoder::State Encoder::acquire() const {
 void Encoder::Release::operator()(EncodeState* state) const {
   std::unique_ptr<EncodeState> owned(state);
   if (state->ids.capacity() > kKeepIds) TokenBuffer().swap(state->ids);
+  if (state->text.capacity() > kKeepText) ByteBuffer().swap(state->text);
   const std::lock_guard<std::mutex> lock(owner->pool_mutex_);
   owner->pool_.push_back(std::move(owned));
 }

@@ -35,7 +35,8 @@ struct Vocabulary {
 struct EncodeState {
   ShortCache short_pieces;
   LongCache long_pieces;
-  TokenBuffer ids;  // for callers
+  TokenBuffer ids;  // for callers, as the text
+  ByteBuffer text;
   struct Node {
     std::uint32_t id;
     std::uint32_t prev;

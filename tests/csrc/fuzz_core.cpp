@@ -13,6 +13,7 @@
 #include "encoder.h"
 #include "piece_finder.h"
 #include "trainer.h"
+#include "utf8.h"
 
 using namespace fastgpt;
 
@@ -262,7 +263,36 @@ void check_longest_first() {
   }
 }
 
+// Characters of one width as UTF-8: what the scanners read back, one by one.
+template <class Char>
+void check_utf8() {
+  std::vector<Char> text(below(40));
+  std::string wanted;
+  bool valid = true;
+  const std::size_t rare = 1 + below(20);
+  for (Char& c : text) {
+    const std::uint32_t most = sizeof(Char) == 1 ? 0xFF : sizeof(Char) == 2 ? 0xFFFF : 0x10FFFF;
+    const std::uint32_t point = below(rare) ? below(128) : below(std::size_t{most} + 1);
+    c = static_cast<Char>(point);
+    valid = valid && (point < 0xD800 || point > 0xDFFF);
+    const int length = point < 0x80 ? 1 : point < 0x800 ? 2 : point < 0x10000 ? 3 : 4;
+    const std::uint32_t lead[] = {0, 0, 0xC0, 0xE0, 0xF0};
+    wanted += static_cast<char>(lead[length] | point >> 6 * (length - 1));
+    for (int i = length - 2; i >= 0; --i) {
+      wanted += static_cast<char>(0x80 | (point >> 6 * i & 0x3F));
+    }
+  }
+  ByteBuffer out;
+  require(append_utf8(text.data(), text.size(), out) == valid, "lone surrogates are seen");
+  if (valid) require(std::string(out.data(), out.size()) == wanted, "UTF-8");
+}
+
 void round() {
+  for (int i = 0; i < 20; ++i) {
+    check_utf8<std::uint8_t>();
+    check_utf8<std::uint16_t>();
+    check_utf8<std::uint32_t>();
+  }
   for (int i = 0; i < 20; ++i) check_longest_first();
   const auto pattern = static_cast<Pattern>(below(4));
   for (int i = 0; i < 20; ++i) check_levels(pattern, random_bytes(400));

@@ -59,6 +59,37 @@ def test_text_forms_agree(gpt2):
     assert gpt2.encode_batch([]) == []
 
 
+@pytest.mark.parametrize("other", ["\xe9", "\u0416", "\u4e2d", "\ud7ff", "\ue000", "\U0001f600"])
+def test_text_of_every_width_is_read_as_its_utf8(gpt2, other):
+    """Python holds characters in 1, 2 or 4 bytes; the core reads them without keeping a copy."""
+    texts = [" " * (n // 2) + other * k + "a" * n for n in range(20) for k in (1, 2, 7)]
+    texts += [(other + "b" * 4095) * 3, "c" * 4096 + other, (other * 30 + " word") * 9000]
+    for text in texts:
+        wanted = gpt2.encode_bytes(text.encode())
+        fresh = text[:-1] + text[-1]  # a str that nobody has asked for its UTF-8
+        size = sys.getsizeof(fresh)
+        assert gpt2.encode(fresh) == wanted
+        assert gpt2.encode_to_numpy(fresh).tolist() == wanted
+        assert sys.getsizeof(fresh) == size
+    for text, ids in zip(texts, gpt2.encode_batch(texts, num_threads=2), strict=True):
+        assert gpt2.decode(ids) == text
+    with pytest.raises(ValueError, match=r"surrogate U\+DC80 at character 1 of text 1"):
+        gpt2.encode_batch(["fine", other + "\udc80", "fine"], num_threads=2)
+
+
+def test_lists_do_not_depend_on_what_their_integers_went_through(gpt2):
+    """Lists share one object for each id; nothing that is done to a list may reach another."""
+    text = samples.english(3000)
+    ids = gpt2.encode(text)
+    expected = gpt2.encode_to_numpy(text).tolist()
+    for _ in range(50):
+        again = gpt2.encode(text)
+        again[:] = [value + 1 for value in again]
+        del again
+    assert ids == gpt2.encode(text) == expected
+    assert all(type(value) is int for value in ids)
+
+
 def test_wide_vocabularies_give_uint32():
     tokenizer = samples.pairs("gpt2")
     assert tokenizer.vocab_size == 65792
