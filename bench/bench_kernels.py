@@ -16,19 +16,27 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("pytest_benchmark", reason="pip install -e .[bench]")
 
-from bench.kernel_cases import CASES, DTYPE, GPU, Case, Function
+from bench import kernel_cases
+from bench.kernel_cases import DTYPE, GPU, Case, Function
+
+CASES = kernel_cases.all_cases()
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 32 if GPU else 8
@@ -296,6 +304,80 @@ def test_charts(tmp_path):
         f"kernels_x_{direction}.{kind}" for direction in DIRECTIONS for kind in ("png", "svg")
     ]
     assert "gelu-tanh" in written[1].read_text()
+
+
+class FakeEvent:
+    """A CUDA event of a GPU on which everything takes a millisecond."""
+
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        pass
+
+    def elapsed_time(self, _end: FakeEvent) -> float:
+        return 1.0
+
+
+def fake_liger() -> ModuleType:
+    module = ModuleType("functional")
+    vars(module).update(
+        liger_cross_entropy=F.cross_entropy,
+        liger_fused_linear_cross_entropy=lambda x, w, t: F.cross_entropy(F.linear(x, w), t),
+        liger_layer_norm=lambda x, w, b, eps: F.layer_norm(x, w.shape, w, b, eps),
+        liger_rms_norm=lambda x, w, eps: F.rms_norm(x, w.shape, w, eps),
+        liger_swiglu=lambda a, b: F.silu(a) * b,
+    )
+    return module
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """This file as it is on an H100, for tensors without numbers: no kernel runs."""
+    for module in (sys.modules[__name__], kernel_cases):
+        monkeypatch.setattr(module, "GPU", True)
+    monkeypatch.setattr(sys.modules[__name__], "ROUNDS", 2)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastgpt_kernels") and hasattr(module, "use_triton"):
+            monkeypatch.setattr(module, "use_triton", lambda x: True)
+    replacements = {
+        **{"Event": FakeEvent, "_sleep": lambda cycles: None, "synchronize": lambda: None},
+        "get_device_name": lambda index: "NVIDIA H100 80GB HBM3",
+        "get_device_properties": lambda index: SimpleNamespace(L2_cache_size=50 << 20),
+        **{"reset_peak_memory_stats": lambda: None, "memory_allocated": lambda: 100},
+        "max_memory_allocated": lambda: 300,
+    }
+    for name, replacement in replacements.items():
+        monkeypatch.setattr(torch.cuda, name, replacement)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", fake_liger())
+    answer = SimpleNamespace(stdout="570.1\n")
+    monkeypatch.setattr(subprocess, "run", lambda *command, **options: answer)
+    with FakeTensorMode():
+        yield {case.id: case for case in kernel_cases.all_cases()}
+
+
+@pytest.mark.parametrize("id", [case.id for case in CASES])
+def test_the_path_of_a_gpu(id, fake_gpu):
+    """Each case at its size on a GPU, with every peer: shapes, operators, gradients, arithmetic."""
+    case = fake_gpu[id]
+    if not case.compiles:  # a loop over data, of which there is none here
+        case = replace(case, torch=case.ours)
+    for direction in DIRECTIONS if case.backward else DIRECTIONS[:1]:
+        rows = rounded(measure(case, direction))
+        peers = {"ours", "torch"} | ({"torch.compile"} if case.compiles else set())
+        assert rows.keys() == peers | ({"liger"} if case.liger else set())
+        for row in rows.values():
+            assert row["ms"] == row["over_ours"] == 1.0
+            assert row["peak_bytes"] == 200
+            assert row["of_roofline"] > 0
+    if id == "swiglu-rows":  # both directions: twice gate and up, y, its gradient, two gradients
+        rate = (2 * 3 + 2) * 16384 * 11008 * 2 / 1e-3
+        assert rows["ours"]["gb_per_s"] == pytest.approx(rate / 1e9, rel=1e-3)
+        assert rows["ours"]["of_roofline"] == pytest.approx(rate / 3.35e12, rel=1e-3)
+    facts = stamp()
+    assert (facts["device"], facts["driver"]) == ("NVIDIA H100 80GB HBM3", "570.1")
+    assert path_of(facts["device"]).name == "kernels_nvidia_h100_80gb_hbm3.json"
 
 
 def test_every_public_function_has_a_case():

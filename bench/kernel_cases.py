@@ -248,4 +248,6 @@ def pointwise_cases() -> list[Case]:
     ]  # fmt: skip
 
 
-CASES = [*attention_cases(), *loss_cases(), *norm_cases(), *pointwise_cases()]
+def all_cases() -> list[Case]:
+    """At the sizes of a GPU if there is one, else at those of a CPU."""
+    return [*attention_cases(), *loss_cases(), *norm_cases(), *pointwise_cases()]
