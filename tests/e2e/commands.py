@@ -187,11 +187,11 @@ class Shell:
         assert done.status == expect, done.out
         return done
 
-    def ranks(self, size: int, port: int, *arguments: object) -> list[Command]:
-        """Start ``pretrain`` as torchrun does, in ``size`` processes."""
+    def ranks(self, size: int, port: int, module: str, *arguments: object) -> list[Command]:
+        """Start a command as torchrun does, in ``size`` processes."""
         world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         return [
-            self.start("pretrain", *arguments, env={**world, "RANK": str(r), "LOCAL_RANK": str(r)})
+            self.start(module, *arguments, env={**world, "RANK": str(r), "LOCAL_RANK": str(r)})
             for r in range(size)
         ]
 

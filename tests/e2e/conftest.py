@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import TINY, Server, Shell
+from runs import PPO, RANKED, SFT, Stage, answers, chats, prompts, rankings, write
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +68,59 @@ def fresh(base_run: tuple[Path, str], tmp_path: Path) -> Callable[[str], Path]:
         return Path(shutil.copytree(base_run[0], tmp_path / name))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """The data of the later stages, and a directory with a reward function to run PPO in."""
+    folder = tmp_path_factory.mktemp("stages")
+    data = {"chats": chats(), "answers": answers(), "rankings": rankings(), "prompts": prompts()}
+    for name, records in data.items():
+        write(folder / f"{name}.jsonl", records)
+    (folder / "letters.py").write_text(
+        "def vowels(prompts, responses, references):\n"
+        "    assert all(p[-1]['role'] == 'user' for p in prompts)\n"
+        "    assert len(prompts) == len(references)\n"
+        "    return [sum(c in 'aeiou' for c in text) for text in responses]\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sft(server, corpus, base_run, folder) -> Stage:
+    shell = Shell(server, corpus)
+    return Stage(shell, "sft", base_run[0], "--data", folder / "chats.jsonl", SFT)
+
+
+@pytest.fixture(scope="session")
+def sft_run(sft, folder) -> Path:
+    """A few steps of finetuning on answers of all kinds."""
+    run = folder / "sft"
+    sft("--data", folder / "answers.jsonl", "--out", run, "--steps", 12)
+    return run
+
+
+@pytest.fixture(scope="session")
+def reward(server, corpus, sft_run, folder) -> Stage:
+    shell, options = Shell(server, corpus), (*RANKED, "--norm-samples", 20)
+    return Stage(shell, "reward", sft_run, "--data", folder / "rankings.jsonl", options)
+
+
+@pytest.fixture(scope="session")
+def reward_run(reward, folder) -> Path:
+    """A reward model of a few steps."""
+    run = folder / "reward"
+    reward("--out", run, "--norm-samples", 8)
+    return run
+
+
+@pytest.fixture(scope="session")
+def dpo(server, corpus, sft_run, folder) -> Stage:
+    shell, options = Shell(server, corpus), (*RANKED, "--lr", 1e-3)
+    return Stage(shell, "dpo", sft_run, "--data", folder / "rankings.jsonl", options)
+
+
+@pytest.fixture(scope="session")
+def ppo(server, sft_run, reward_run, folder) -> Stage:
+    """To be given ``--reward reward``, ``--reward-fn letters:vowels``, or both."""
+    return Stage(Shell(server, folder), "ppo", sft_run, "--prompts", folder / "prompts.jsonl", PPO)

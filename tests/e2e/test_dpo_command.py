@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import signal
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-from commands import Done, Shell
-from ranked import OPTIONS, assert_same_run, finetuned, log, on_two, rankings
+from commands import Shell
+from runs import RANKED, assert_refused, assert_same_run, log, write
 
 from fastgpt.checkpoint import load_checkpoint
 from fastgpt.run import load_model
-
-
-@pytest.fixture(scope="module")
-def sft_run(server, corpus, base_run, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("sft") / "run"
-    return finetuned(Shell(server, corpus), base_run[0], out)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("rankings") / "rankings.jsonl"
-    path.write_text(rankings())
-    return path
-
-
-@pytest.fixture(scope="module")
-def run_with(server, corpus, sft_run, data):
-    """Runs the command on the finetuned run and the rankings; fails unless it exits as expected."""
-
-    def run(*arguments: object, expect: int = 0) -> Done:
-        start = ("--init", sft_run, "--data", data, *OPTIONS, "--lr", 1e-3)
-        new = () if "--resume" in arguments else start
-        done = Shell(server, corpus).run("dpo", *new, *arguments)
-        assert done.status == expect, done.out
-        return done
-
-    return run
 
 
 def hashes(run: Path) -> dict[str, str]:
@@ -50,11 +21,11 @@ def hashes(run: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(run_with, sft_run, tmp_path_factory) -> tuple[Path, str]:
+def finished(dpo, sft_run, tmp_path_factory) -> tuple[Path, str]:
     """A run to its end, never to be changed; its output."""
     run = tmp_path_factory.mktemp("dpo") / "run"
     before = hashes(sft_run)
-    out = run_with("--out", run, "--epochs", 4, "--save-every", 9, "--keep-last", 0).out
+    out = dpo("--out", run, "--epochs", 4, "--save-every", 9, "--keep-last", 0).out
     assert hashes(sft_run) == before, "the reference stays what it was"
     return run, out
 
@@ -93,64 +64,38 @@ def test_the_run_is_opened_like_any_other(finished, sft_run):
     assert model.config.vocab_size == tokenizer.vocab_size
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(run_with, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(dpo, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ["--epochs", 3, "--label-smoothing", 0.1]
-    run_with("--out", whole, *options, "--stop-at", 11, expect=75)
-    run_with("--out", parts, *options, "--stop-at", 4, expect=75)
-    run_with("--resume", parts, "--stop-at", 11, expect=75)
+    dpo("--out", whole, *options, "--stop-at", 11, expect=75)
+    dpo("--out", parts, *options, "--stop-at", 4, expect=75)
+    dpo("--resume", parts, "--stop-at", 11, expect=75)
     assert_same_run(whole, parts, 11)
 
 
 @pytest.mark.full
-def test_the_end_is_the_same_after_a_resume(finished, run_with, tmp_path):
+def test_the_end_is_the_same_after_a_resume(finished, dpo, tmp_path):
     run = tmp_path / "run"
     options = ("--epochs", 4, "--save-every", 9, "--keep-last", 0)
-    run_with("--out", run, *options, "--stop-at", 29, expect=75)
-    out = run_with("--resume", run).out
+    dpo("--out", run, *options, "--stop-at", 29, expect=75)
+    out = dpo("--resume", run).out
     assert_same_run(finished[0], run, 33)
     said = [[line for line in text.splitlines() if line[:1] == ">"] for text in (out, finished[1])]
     assert said[0] == said[1]
 
 
-@pytest.mark.full
-def test_a_signal_saves_and_ends_the_run(server, corpus, sft_run, data, run_with, tmp_path):
-    run = tmp_path / "run"
-    start = ("--init", sft_run, "--data", data, *OPTIONS)
-    command = Shell(server, corpus).start("dpo", *start, "--out", run, "--steps", 3000)
-    command.wait_until(lambda: "dpo 1/" in command.out)
-    command.send(signal.SIGTERM)
-    assert command.wait() == 75, command.out
-    stopped = log(run)[-1]["step"]
-    run_with("--resume", run, "--stop-at", stopped + 2, expect=75)
-    assert log(run)[-1]["step"] == stopped + 2
-
-
-def test_two_processes_train_as_one_does(shell, sft_run, data, run_with, tmp_path):
+def test_two_processes_train_as_one_does(dpo, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     options = ("--steps", 6, "--batch-prompts", 7)
-    run_with("--out", one, *options)
-    start = ("--init", sft_run, "--data", data, *OPTIONS, "--lr", 1e-3, *options)
-    ranks = on_two(shell, "dpo", *start, "--out", two)
-    assert [rank.status for rank in ranks] == [0, 0], ranks[0].out + ranks[1].out
-    assert ranks[1].out == ""
+    dpo("--out", one, *options)
+    dpo.on_two("--out", two, *options)
     for a, b in zip(log(one), log(two), strict=True):
         assert a.keys() == b.keys()
         for key in set(a) - {"accuracy"}:  # at first every lead is a rounding error
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-5), key
 
 
-@pytest.mark.full
-def test_changed_data_cannot_be_resumed(run_with, data, tmp_path):
-    copy, run = tmp_path / "rankings.jsonl", tmp_path / "run"
-    copy.write_text(data.read_text())
-    run_with("--out", run, "--data", copy, "--stop-at", 2, expect=75)
-    copy.write_text(data.read_text().replace("barn", "bath"))
-    assert "--data is not what this run began with" in run_with("--resume", run, expect=3).errors[0]
-
-
 BAD = {
-    "no run to start from": (["--data", "c.jsonl"], 2, "--init: the run to start from is missing"),
     "a base model": (["--init", "BASE"], 2, "the model was not finetuned on chats"),
     "nothing but ties": (["--init", "SFT", "--data", "t.jsonl"], 3, "no ranking has a response"),
     "beta": (["--init", "SFT", "--beta", "0"], 2, "--beta 0: it must be above 0"),
@@ -162,11 +107,8 @@ BAD = {
 def test_what_is_wrong_is_said_in_one_line(case, server, base_run, sft_run, tmp_path):
     arguments, status, message = BAD[case]
     tied = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1]}
-    (tmp_path / "t.jsonl").write_text("\n".join([json.dumps(tied)] * 3))
+    write(tmp_path / "t.jsonl", [tied] * 3)
     runs = {"BASE": base_run[0], "SFT": sft_run}
     arguments = [runs.get(word, word) for word in arguments]
-    done = Shell(server, tmp_path).run("dpo", *arguments, *OPTIONS, "--out", "run")
-    assert done.status == status, done.out
-    assert len(done.errors) == 1
-    assert message in done.errors[0]
-    assert not (tmp_path / "run").exists() or list((tmp_path / "run").iterdir()) == []
+    done = Shell(server, tmp_path).run("dpo", *arguments, *RANKED, "--out", "run")
+    assert_refused(done, tmp_path / "run", status, message)

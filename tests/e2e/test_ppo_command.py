@@ -2,109 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import random
-import signal
-import socket
+import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-from commands import Done, Shell
+from runs import assert_refused, assert_same_run, log
 
 from fastgpt.run import load_model
 
-QUIET = ("--no-compile", "--dtype", "float32", "--log-every", 1, "--seed", 7)
-OPTIONS = (
-    *("--rollout", 8, "--minibatches", 2, "--epochs", 2, "--max-new-tokens", 8, "--steps", 11),
-    *(
-        "--eval-every",
-        4,
-        "--save-every",
-        0,
-        "--eval-prompts",
-        4,
-        "--lr",
-        1e-2,
-        "--kl-stop",
-        0,
-        *QUIET,
-    ),
-)
-REWARD = """
-def vowels(prompts, responses, references):
-    assert all(p[-1]["role"] == "user" for p in prompts) and len(prompts) == len(references)
-    return [sum(c in "aeiou" for c in text) for text in responses]
-"""
-
-
-@pytest.fixture(scope="module")
-def start(server, corpus, base_run, tmp_path_factory) -> dict[str, Path]:
-    """A finetuned run, a reward run, prompts; a directory with a reward function."""
-    folder = tmp_path_factory.mktemp("start")
-    rng = random.Random(5)
-    animals, places = ["cat", "dog", "owl"], ["barn", "river", "garden"]
-    chats = [{"prompt": f"{rng.choice(animals)}?", "response": f"{rng.choice(places)}."}] * 40
-    rankings = [
-        {"prompt": f"{a}?", "responses": [f"{b}.", f"{b}{b}", "no"]}
-        for a in animals
-        for b in places
-    ] * 3
-    prompts = [{"prompt": f"{a} {n}?", "answer": n} for a in animals for n in range(7)]
-    for name, lines in (("chats", chats), ("rankings", rankings), ("prompts", prompts)):
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (folder / "letters.py").write_text(REWARD)
-    shell = Shell(server, folder)
-    for stage, words in (
-        ("sft", ["--init", base_run[0], "--data", "chats.jsonl", "--steps", 12]),
-        ("reward", ["--init", "sft", "--data", "rankings.jsonl", "--norm-samples", 8]),
-    ):
-        options = ["--out", stage, "--batch-tokens", 256, "--sample-tokens", 8, *QUIET]
-        done = shell.run(stage, *words, *options)
-        assert done.status == 0, done.out
-    return {name: folder / name for name in ("sft", "reward", "prompts.jsonl")} | {"": folder}
-
-
-@pytest.fixture
-def ppo(server, start):
-    """Runs the command; fails unless it exits as expected."""
-
-    def run(*arguments: object, expect: int = 0, **options) -> Done:
-        new = () if "--resume" in arguments else ("--init", "sft", "--prompts", "prompts.jsonl")
-        new = (*new, *OPTIONS) if new else ()
-        done = Shell(server, start[""]).run("ppo", *new, *arguments, **options)
-        assert done.status == expect, done.out
-        return done
-
-    return run
-
-
 MODEL, FUNCTION = ("--reward", "reward"), ("--reward-fn", "letters:vowels")
-
-
-def log(run: Path, name: str = "metrics") -> list[dict]:
-    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
-
-
-def assert_same_run(first: Path, second: Path, step: int) -> None:
-    one, two = (run / "checkpoints" / f"step_{step}" for run in (first, second))
-    names = sorted(path.name for path in one.iterdir())
-    assert names == sorted(path.name for path in two.iterdir())
-    for name in names:
-        assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        assert (first / name).read_bytes() == (second / name).read_bytes()
+JUDGE = ("--judge", "letters:vowels")
 
 
 @pytest.fixture(scope="module")
-def finished(server, start) -> tuple[Path, str]:
+def finished(ppo, tmp_path_factory) -> tuple[Path, str]:
     """A run with a reward model and a function to its end, never to be changed; its output."""
-    arguments = ("--init", "sft", "--prompts", "prompts.jsonl", "--out", "whole", *OPTIONS)
-    judge = ("--judge", "letters:vowels")
-    done = Shell(server, start[""]).run("ppo", *arguments, *MODEL, *FUNCTION, *judge)
-    assert done.status == 0, done.out
-    return start[""] / "whole", done.out
+    run = tmp_path_factory.mktemp("ppo") / "run"
+    return run, ppo("--out", run, *MODEL, *FUNCTION, *JUDGE).out
 
 
 def test_a_run_says_what_happened(finished):
@@ -132,9 +48,9 @@ def test_a_run_says_what_happened(finished):
         assert judge == next(s["val_judge"] for s in samples if s["step"] == record["step"])
 
 
-def test_the_run_is_opened_as_its_policy(finished, start):
+def test_the_run_is_opened_as_its_policy(finished, sft_run):
     policy, tokenizer = load_model(finished[0], device="cpu", dtype="float32")
-    before, its = load_model(start["sft"], device="cpu", dtype="float32")
+    before, its = load_model(sft_run, device="cpu", dtype="float32")
     assert tokenizer.hash == its.hash
     assert not torch.equal(policy.wte.weight, before.wte.weight)
     parts = {path.stem for path in (finished[0] / "checkpoints/step_11").glob("*.safetensors")}
@@ -171,54 +87,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(variant, ppo, tmp_path):
 
 def test_the_end_is_the_same_after_a_resume(finished, ppo, tmp_path):
     run = tmp_path / "run"
-    judge = ("--judge", "letters:vowels")
-    ppo("--out", run, *MODEL, *FUNCTION, *judge, "--stop-at", 6, expect=75)
+    ppo("--out", run, *MODEL, *FUNCTION, *JUDGE, "--stop-at", 6, expect=75)
     out = ppo("--resume", run).out
     assert_same_run(finished[0], run, 11)
     assert out.splitlines()[-2] == finished[1].splitlines()[-2]
 
 
-def test_a_signal_saves_and_ends_the_run(server, start, ppo, tmp_path):
-    run = tmp_path / "run"
-    arguments = ("--init", "sft", "--prompts", "prompts.jsonl", *OPTIONS, "--steps", 3000)
-    command = Shell(server, start[""]).start("ppo", *arguments, *FUNCTION, "--out", run)
-    command.wait_until(lambda: "ppo 1/" in command.out)
-    command.send(signal.SIGTERM)
-    assert command.wait() == 75, command.out
-    stopped = log(run)[-1]["step"]
-    assert command.out.splitlines()[-1].startswith(
-        f"fastgpt: stopped after step {stopped} of 3000; go on with --resume {run}"
-    )
-    ppo("--resume", run, "--stop-at", stopped + 1, expect=75)
-    assert log(run)[-1]["step"] == stopped + 1
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def two_ranks(server, start, *arguments: object) -> list[int]:
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shell = Shell(server, start[""])
-    commands = [
-        shell.start("ppo", *arguments, env={**world, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in ("0", "1")
-    ]
-    statuses = [command.wait() for command in commands]
-    assert commands[1].out == "", commands[1].out
-    return statuses
-
-
-def test_two_processes_are_one_and_resume(server, start, ppo, tmp_path):
+def test_two_processes_are_one_and_resume(ppo, tmp_path):
     """Each samples, scores and learns from its half of the rows."""
     one, two, parts = tmp_path / "one", tmp_path / "two", tmp_path / "parts"
     ppo("--out", one, *MODEL, "--stop-at", 6, expect=75)
-    new = ("--init", "sft", "--prompts", "prompts.jsonl", *OPTIONS, *MODEL)
-    assert two_ranks(server, start, *new, "--out", two, "--stop-at", 6) == [75, 75]
-    assert two_ranks(server, start, *new, "--out", parts, "--stop-at", 3) == [75, 75]
-    assert two_ranks(server, start, "--resume", parts, "--stop-at", 6) == [75, 75]
+    ppo.on_two("--out", two, *MODEL, "--stop-at", 6, expect=75)
+    ppo.on_two("--out", parts, *MODEL, "--stop-at", 3, expect=75)
+    ppo.on_two("--resume", parts, "--stop-at", 6, expect=75)
     assert_same_run(two, parts, 6)
     for a, b in zip(log(one), log(two), strict=True):
         assert a["tokens"] == b["tokens"]
@@ -244,15 +125,24 @@ def test_what_is_wrong_is_said_in_one_line(case, ppo, base_run, tmp_path):
     arguments, status, message = BAD[case]
     arguments = [base_run[0] if word == "BASE" else word for word in arguments]
     done = ppo(*arguments, "--out", tmp_path / "run", expect=status)
-    assert len(done.errors) == 1
-    assert message in done.errors[0]
-    assert not (tmp_path / "run").exists() or list((tmp_path / "run").iterdir()) == []
+    assert_refused(done, tmp_path / "run", status, message)
 
 
-def test_other_prompts_cannot_be_resumed(server, start, ppo, tmp_path):
-    prompts, run = tmp_path / "prompts.jsonl", tmp_path / "run"
-    prompts.write_text(start["prompts.jsonl"].read_text())
-    ppo("--out", run, *FUNCTION, "--prompts", prompts, "--stop-at", 2, expect=75)
-    prompts.write_text(start["prompts.jsonl"].read_text().replace("cat", "cow"))
-    done = ppo("--resume", run, expect=3)
-    assert "--prompts are not what this run began with" in done.errors[0]
+@pytest.mark.parametrize("which", ["--reward", pytest.param("--init", marks=FULL)])
+def test_other_weights_cannot_be_resumed(which, ppo, sft_run, reward_run, dpo, reward, tmp_path):
+    """Somebody trained again under the same path; one of two processes says so."""
+    run, at = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(reward_run if which == "--reward" else sft_run, at)
+    named = {"--reward": reward_run, "--init": sft_run} | {which: at}
+    words = [word for pair in named.items() for word in pair]
+    ppo("--out", run, *words, "--stop-at", 3, expect=75)
+    before = (run / "metrics.jsonl").read_bytes()
+    aside = at.rename(tmp_path / "aside")
+    (reward if which == "--reward" else dpo)("--steps", 1, "--out", at)
+    last = ppo.on_two("--resume", run, expect=2).splitlines()[-1]
+    message = f"fastgpt: {which} {at}: the weights there are not those that this run began with; "
+    assert last.startswith(message)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    shutil.rmtree(at)
+    aside.rename(at)
+    ppo("--resume", run, "--stop-at", 4, expect=75)

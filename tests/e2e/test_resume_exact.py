@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
 from commands import TINY, Shell, real_python
+from runs import assert_same_run, log
 
 STEPS = 3000  # of the schedule; no run here comes to its end
 
 
-def assert_same_run(first: Path, second: Path, step: int) -> None:
-    """The bytes of everything that training decides."""
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-        one, two = (run / "checkpoints" / f"step_{step}" / name for run in (first, second))
-        assert one.read_bytes() == two.read_bytes(), name
-    assert (first / "metrics.jsonl").read_bytes() == (second / "metrics.jsonl").read_bytes()
-
-
 def steps_logged(run: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["step"] for record in log(run)]
 
 
 @pytest.fixture(scope="module")

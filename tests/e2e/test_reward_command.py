@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import signal
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-from commands import Done, Shell
-from ranked import OPTIONS, assert_same_run, finetuned, log, on_two, rankings
+from commands import Shell
+from runs import RANKED, assert_refused, assert_same_run, log, write
 
 from fastgpt.chat import render_prompt
 from fastgpt.checkpoint import load_checkpoint
@@ -20,37 +18,10 @@ from fastgpt.preference.reward_model import load_reward_model
 
 
 @pytest.fixture(scope="module")
-def sft_run(server, corpus, base_run, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("sft") / "run"
-    return finetuned(Shell(server, corpus), base_run[0], out)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("rankings") / "rankings.jsonl"
-    path.write_text(rankings())
-    return path
-
-
-@pytest.fixture(scope="module")
-def run_with(server, corpus, sft_run, data):
-    """Runs the command on the finetuned run and the rankings; fails unless it exits as expected."""
-
-    def run(*arguments: object, expect: int = 0) -> Done:
-        start = ("--init", sft_run, "--data", data, "--norm-samples", 20, *OPTIONS)
-        new = () if "--resume" in arguments else start
-        done = Shell(server, corpus).run("reward", *new, *arguments)
-        assert done.status == expect, done.out
-        return done
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def finished(run_with, tmp_path_factory) -> tuple[Path, str]:
+def finished(reward, tmp_path_factory) -> tuple[Path, str]:
     """A run to its end, never to be changed; its output."""
     run = tmp_path_factory.mktemp("reward") / "run"
-    return run, run_with("--out", run, "--epochs", 5, "--margin", 0.1).out
+    return run, reward("--out", run, "--epochs", 5, "--margin", 0.1).out
 
 
 def test_a_run_learns_the_order(finished):
@@ -96,66 +67,39 @@ def test_the_saved_scores_of_the_samples_are_normalised(finished):
     assert "20 sampled answers had a mean score of" in out
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(run_with, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(reward, tmp_path):
     """Also over the end of an epoch, of 8 steps."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ["--epochs", 3, "--eval-every", 3]
-    run_with("--out", whole, *options, "--stop-at", 11, expect=75)
-    run_with("--out", parts, *options, "--stop-at", 4, expect=75)
-    run_with("--resume", parts, "--stop-at", 11, expect=75)
+    reward("--out", whole, *options, "--stop-at", 11, expect=75)
+    reward("--out", parts, *options, "--stop-at", 4, expect=75)
+    reward("--resume", parts, "--stop-at", 11, expect=75)
     assert_same_run(whole, parts, 11)
 
 
-def test_the_end_is_the_same_after_a_resume(finished, run_with, tmp_path):
+def test_the_end_is_the_same_after_a_resume(finished, reward, tmp_path):
     run = tmp_path / "run"
     options = ("--epochs", 5, "--margin", 0.1)
-    run_with("--out", run, *options, "--stop-at", 37, expect=75)
-    out = run_with("--resume", run).out
+    reward("--out", run, *options, "--stop-at", 37, expect=75)
+    out = reward("--resume", run).out
     assert_same_run(finished[0], run, 41)
     tables = [text[text.index("held out\n") : text.index("run ")] for text in (out, finished[1])]
     assert tables[0].splitlines()[1:] == tables[1].splitlines()[1:]
 
 
-def test_a_signal_saves_and_ends_the_run(server, corpus, sft_run, data, run_with, tmp_path):
-    run = tmp_path / "run"
-    start = ("--init", sft_run, "--data", data, "--norm-samples", 0, *OPTIONS)
-    command = Shell(server, corpus).start("reward", *start, "--out", run, "--steps", 3000)
-    command.wait_until(lambda: "reward 1/" in command.out)
-    command.send(signal.SIGTERM)
-    assert command.wait() == 75, command.out
-    stopped = log(run)[-1]["step"]
-    last = f"fastgpt: stopped after step {stopped} of 3000; go on with --resume {run}"
-    assert command.out.splitlines()[-1] == last
-    run_with("--resume", run, "--stop-at", stopped + 2, expect=75)
-    assert log(run)[-1]["step"] == stopped + 2
-
-
-def test_two_processes_train_as_one_does(shell, sft_run, data, run_with, tmp_path):
+def test_two_processes_train_as_one_does(reward, tmp_path):
     """Ranks have unequal numbers of pairs, and 7 prompts are no multiple of 2."""
     one, two = tmp_path / "one", tmp_path / "two"
-    options = ("--steps", 6, "--batch-prompts", 7, "--norm-samples", 20)
-    run_with("--out", one, *options)
-    start = ("--init", sft_run, "--data", data, *OPTIONS, *options)
-    ranks = on_two(shell, "reward", *start, "--out", two)
-    assert [rank.status for rank in ranks] == [0, 0], ranks[0].out + ranks[1].out
-    assert ranks[1].out == ""
+    options = ("--steps", 6, "--batch-prompts", 7)
+    reward("--out", one, *options)
+    reward.on_two("--out", two, *options)
     for a, b in zip(log(one), log(two), strict=True):
         assert a.keys() == b.keys()
         for key in a:
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
 
 
-def test_changed_data_cannot_be_resumed(run_with, data, tmp_path):
-    copy, run = tmp_path / "rankings.jsonl", tmp_path / "run"
-    copy.write_text(data.read_text())
-    run_with("--out", run, "--data", copy, "--stop-at", 2, expect=75)
-    copy.write_text(data.read_text().replace("barn", "bath"))
-    done = run_with("--resume", run, expect=3)
-    assert "--data is not what this run began with" in done.errors[0]
-
-
 BAD = {
-    "no run to start from": (["--data", "c.jsonl"], 2, "--init: the run to start from is missing"),
     "a base model": (["--init", "BASE"], 2, "the model was not finetuned on chats"),
     "no such data": (["--init", "SFT", "--data", "none.jsonl"], 3, "none.jsonl: no such file"),
     "nothing to rank": (["--init", "SFT", "--data", "c.jsonl"], 3, "c.jsonl:2: 1 response(s)"),
@@ -168,16 +112,13 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_wrong_is_said_in_one_line(case, server, base_run, sft_run, tmp_path):
     arguments, status, message = BAD[case]
-    line = json.dumps({"prompt": "a", "responses": ["b", "c"]})
-    (tmp_path / "c.jsonl").write_text(line + '\n{"prompt": "x", "responses": ["y"]}')
-    (tmp_path / "d.jsonl").write_text(line)
+    ranking, single = ({"prompt": "a", "responses": list(r)} for r in ("bc", "y"))
+    write(tmp_path / "c.jsonl", [ranking, single])
+    write(tmp_path / "d.jsonl", [ranking])
     runs = {"BASE": base_run[0], "SFT": sft_run}
     arguments = [runs.get(word, word) for word in arguments]
-    done = Shell(server, tmp_path).run("reward", *arguments, *OPTIONS, "--out", "run")
-    assert done.status == status, done.out
-    assert len(done.errors) == 1
-    assert message in done.errors[0]
-    assert not (tmp_path / "run").exists() or list((tmp_path / "run").iterdir()) == []
+    done = Shell(server, tmp_path).run("reward", *arguments, *RANKED, "--out", "run")
+    assert_refused(done, tmp_path / "run", status, message)
 
 
 def test_a_run_of_another_stage_is_no_reward_model(sft_run):

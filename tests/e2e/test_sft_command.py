@@ -2,78 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import random
 import re
 import shutil
-import signal
-import socket
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-from commands import Done, Shell
+from commands import Shell
+from runs import SFT, assert_refused, assert_same_run, log, write
 
 from fastgpt.run import load_model
 
-OPTIONS = (
-    *("--batch-tokens", 128, "--no-compile", "--dtype", "float32", "--sample-tokens", 8),
-    *("--log-every", 1, "--eval-every", 8, "--seed", 7, "--warmup", 2),
-)
-
 
 @pytest.fixture(scope="module")
-def chats(tmp_path_factory) -> Path:
-    """80 short chats, some of two turns."""
-    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    rng = random.Random(5)
-    lines = []
-    for _ in range(80):
-        animal, place = rng.choice(["cat", "dog", "owl"]), rng.choice(["barn", "river", "garden"])
-        messages = [
-            {"role": "user", "content": f"{animal}?"},
-            {"role": "assistant", "content": f"{place}."},
-        ]
-        lines.append(json.dumps({"messages": messages * rng.randint(1, 2)}))
-    path.write_text("\n".join(lines))
-    return path
-
-
-@pytest.fixture
-def sft(shell: Shell, base_run, chats):
-    """Runs the command on the base run and the chats; fails unless it exits as expected."""
-
-    def run(*arguments: object, expect: int = 0, **options) -> Done:
-        new = () if "--resume" in arguments else ("--init", base_run[0], "--data", chats, *OPTIONS)
-        done = shell.run("sft", *new, *arguments, **options)
-        assert done.status == expect, done.out
-        return done
-
-    return run
-
-
-def assert_same_run(first: Path, second: Path, step: int) -> None:
-    one, two = (run / "checkpoints" / f"step_{step}" for run in (first, second))
-    names = sorted(path.name for path in one.iterdir())
-    assert names == sorted(path.name for path in two.iterdir())
-    for name in names:
-        assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    assert (first / "metrics.jsonl").read_bytes() == (second / "metrics.jsonl").read_bytes()
-
-
-def log(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def finished(server, corpus, base_run, chats, tmp_path_factory) -> tuple[Path, str]:
+def finished(sft, tmp_path_factory) -> tuple[Path, str]:
     """A run to its end, never to be changed; its output."""
     run = tmp_path_factory.mktemp("sft") / "run"
-    arguments = ("--init", base_run[0], "--data", chats, "--out", run, *OPTIONS)
-    done = Shell(server, corpus).run("sft", *arguments, "--epochs", 4)
-    assert done.status == 0, done.out
-    return run, done.out
+    return run, sft("--out", run, "--epochs", 4).out
 
 
 def test_a_run_learns_to_answer(finished):
@@ -87,14 +33,14 @@ def test_a_run_learns_to_answer(finished):
     assert (run / "report.html").is_file()
 
 
-def test_the_configuration_says_what_was_decided(finished, base_run, chats):
+def test_the_configuration_says_what_was_decided(finished, base_run, sft):
     run, _ = finished
     config = tomllib.loads((run / "config.toml").read_text())
     base = tomllib.loads((base_run[0] / "config.toml").read_text())
     assert config["model"] == base["model"] | {"vocab_size": base["model"]["vocab_size"] + 4}
     assert config["train"]["steps"] == len(log(run))
     assert config["init"] == str(base_run[0])
-    assert config["data"] == [str(chats)]
+    assert config["data"] == [str(sft.data)]
 
 
 def test_the_run_is_opened_like_any_other(finished, base_run):
@@ -106,21 +52,17 @@ def test_the_run_is_opened_like_any_other(finished, base_run):
     }
 
 
-def test_a_finetuned_run_can_be_finetuned(finished, shell, chats, tmp_path):
+def test_a_finetuned_run_can_be_finetuned(finished, sft, tmp_path):
     """Its vocabulary has what it needs already."""
-    done = shell.run(
-        *("sft", "--init", finished[0], "--data", chats, "--out", tmp_path / "run"),
-        *(*OPTIONS, "--steps", 2, "--lora-rank", 2),
-    )
-    assert done.status == 0, done.out
+    sft("--init", finished[0], "--out", tmp_path / "run", "--steps", 2, "--lora-rank", 2)
     first, second = (load_model(p, device="cpu")[1] for p in (finished[0], tmp_path / "run"))
     assert first.hash == second.hash
     assert log(tmp_path / "run")[0]["loss"] < log(finished[0])[2]["loss"]
 
 
-def test_without_data_it_is_the_embedded_chats(sft, base_run, shell, tmp_path):
+def test_without_data_it_is_the_embedded_chats(base_run, shell, tmp_path):
     """Rows of the tiny model hold few of them."""
-    arguments = ("--init", base_run[0], "--out", tmp_path / "run", "--on-long", "skip", *OPTIONS)
+    arguments = ("--init", base_run[0], "--out", tmp_path / "run", "--on-long", "skip", *SFT)
     done = shell.run("sft", *arguments, "--steps", 2)
     assert done.status == 0, done.out
     used, left_out = (
@@ -159,40 +101,12 @@ def test_the_end_is_the_same_after_a_resume(finished, sft, tmp_path):
     assert said[0] == said[1]
 
 
-def test_a_signal_saves_and_ends_the_run(shell, base_run, chats, sft, tmp_path):
-    run = tmp_path / "run"
-    arguments = ("--init", base_run[0], "--data", chats, *OPTIONS, "--steps", 3000)
-    command = shell.start("sft", *arguments, "--out", run)
-    command.wait_until(lambda: "sft 1/" in command.out)
-    command.send(signal.SIGTERM)
-    assert command.wait() == 75, command.out
-    stopped = log(run)[-1]["step"]
-    assert command.out.splitlines()[-1] == (
-        f"fastgpt: stopped after step {stopped} of 3000; go on with --resume {run}"
-    )
-    sft("--resume", run, "--stop-at", stopped + 2, expect=75)
-    assert log(run)[-1]["step"] == stopped + 2
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.parametrize("options", [[], pytest.param(["--lora-rank", 2], marks=FULL)])
-def test_two_processes_train_as_one_does(options, shell, base_run, chats, sft, tmp_path):
+def test_two_processes_train_as_one_does(options, sft, tmp_path):
     """What torchrun starts; ranks have rows with unequal numbers of targets."""
     one, two = tmp_path / "one", tmp_path / "two"
     sft("--out", one, "--steps", 6, *options)
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    arguments = ("--init", base_run[0], "--data", chats, *OPTIONS, "--out", two, "--steps", 6)
-    commands = [
-        shell.start("sft", *arguments, *options, env={**world, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in ("0", "1")
-    ]
-    assert [command.wait() for command in commands] == [0, 0], [c.out for c in commands]
-    assert commands[1].out == ""
+    sft.on_two("--out", two, "--steps", 6, *options)
     for a, b in zip(log(one), log(two), strict=True):
         assert a["tokens"] == b["tokens"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -204,39 +118,32 @@ def test_adapters_cannot_be_added_to_a_run(finished, sft):
     assert "has no adapters; leave it" in done.errors[0]
 
 
-def test_changed_data_cannot_be_resumed(sft, chats, tmp_path):
-    data, run = tmp_path / "chats.jsonl", tmp_path / "run"
-    data.write_text(chats.read_text())
-    sft("--out", run, "--data", data, "--stop-at", 2, expect=75)
-    data.write_text(chats.read_text().replace("barn", "bath"))
-    done = sft("--resume", run, expect=3)
-    assert "--data is not what this run began with" in done.errors[0]
-
-
 BAD = {
-    "no run to start from": (["--data", "c.jsonl"], 2, "--init: the run to start from is missing"),
     "no such run": (["--init", "nowhere"], 2, "nowhere: not a run directory"),
     "no such data": (["--init", "BASE", "--data", "none.jsonl"], 3, "none.jsonl: no such file"),
     "a bad line": (["--init", "BASE", "--data", "c.jsonl"], 3, "c.jsonl:2: no key 'response'"),
     "a long row": (["--init", "BASE", "--seq-len", "99"], 2, "--seq-len 99 is beyond the context"),
     "an odd batch": (["--init", "BASE", "--data", "d.jsonl", "--micro-batch", "3"], 2, "multiple"),
     "one chat": (["--init", "BASE", "--data", "e.jsonl"], 3, "give more chats"),
+    "all too long": (
+        *(["--init", "BASE", "--data", "f.jsonl", "--on-long", "skip"], 3),
+        "no chat is left to learn from; give shorter ones, or raise --seq-len",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_wrong_is_said_in_one_line(case, server, base_run, chats, tmp_path):
+def test_what_is_wrong_is_said_in_one_line(case, server, base_run, sft, tmp_path):
     arguments, status, message = BAD[case]
-    line = json.dumps({"prompt": "a", "response": "b"})
-    (tmp_path / "c.jsonl").write_text(line + '\n{"prompt": "x"}')
-    (tmp_path / "d.jsonl").write_text(chats.read_text())
-    (tmp_path / "e.jsonl").write_text(line)
+    chat = {"prompt": "a", "response": "b"}
+    write(tmp_path / "c.jsonl", [chat, {"prompt": "x"}])
+    (tmp_path / "d.jsonl").write_text(sft.data.read_text())
+    write(tmp_path / "e.jsonl", [chat])
+    long = [{"role": "user", "content": "cat " * 40}, {"role": "assistant", "content": "a"}]
+    write(tmp_path / "f.jsonl", [{"messages": long}] * 3)
     arguments = [base_run[0] if word == "BASE" else word for word in arguments]
-    done = Shell(server, tmp_path).run("sft", *arguments, *OPTIONS, "--out", "run")
-    assert done.status == status, done.out
-    assert len(done.errors) == 1
-    assert message in done.errors[0]
-    assert not (tmp_path / "run").exists() or list((tmp_path / "run").iterdir()) == []
+    done = Shell(server, tmp_path).run("sft", *arguments, *SFT, "--out", "run")
+    assert_refused(done, tmp_path / "run", status, message)
 
 
 def test_export(finished, shell, tmp_path):
@@ -261,7 +168,7 @@ def test_export(finished, shell, tmp_path):
     assert "not empty" in again.errors[0]
 
 
-def test_from_hugging_face_and_back(shell, base_run, chats, tmp_path):
+def test_from_hugging_face_and_back(shell, base_run, sft, tmp_path):
     """A GPT-2 of theirs with rows its tokenizer does not use, finetuned, is a GPT-2 of theirs."""
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -272,7 +179,7 @@ def test_from_hugging_face_and_back(shell, base_run, chats, tmp_path):
     shutil.copy(base_run[0] / "tokenizer.json", theirs)
     arguments = [
         ["convert", "--model", theirs, "--out", tmp_path / "base"],
-        ["sft", "--init", tmp_path / "base", "--data", chats, "--out", run, *OPTIONS, "--steps", 2],
+        ["sft", *sft.words("--init", tmp_path / "base", "--out", run, "--steps", 2)],
         ["export", "--run", run, "--out", out],
     ]
     for words in arguments:

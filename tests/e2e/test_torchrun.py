@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import socket
 from pathlib import Path
 
 import pytest
 from commands import TINY, Shell, real_python
+from runs import free_port, log
 
 from fastgpt.checkpoint import load_checkpoint
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def arguments(run: Path, *more: object) -> list[object]:
     return ["--data", "my.txt", "--out", run, "--steps", 12, *TINY, *more]
-
-
-def log(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_close(one: list[dict], two: list[dict], tolerance: float = 1e-4) -> None:
@@ -37,7 +26,7 @@ def assert_close(one: list[dict], two: list[dict], tolerance: float = 1e-4) -> N
 
 def on_two(shell: Shell, *options: object, expect: int = 0) -> str:
     """Run on two ranks as torchrun starts them; returns what rank 0 printed."""
-    commands = shell.ranks(2, free_port(), *options)
+    commands = shell.ranks(2, free_port(), "pretrain", *options)
     statuses = [command.wait() for command in commands]
     assert statuses == [expect, expect], "\n".join(command.out for command in commands)
     assert commands[1].out == "", "rank 1 is to be silent"
@@ -113,7 +102,7 @@ def test_two_processes_resume_exactly(shell: Shell, torchrun, tmp_path):
 @pytest.mark.parametrize("who", [(0, 1), (1,)])
 def test_a_signal_to_any_rank_saves_and_ends_all(who, shell: Shell, tmp_path):
     run = tmp_path / "run"
-    ranks = shell.ranks(2, free_port(), *arguments(run, "--steps", 3000))
+    ranks = shell.ranks(2, free_port(), "pretrain", *arguments(run, "--steps", 3000))
     ranks[0].wait_until(lambda: "pretrain 1/" in ranks[0].out)
     for rank in who:
         ranks[rank].send(signal.SIGTERM)
@@ -135,7 +124,7 @@ def test_an_error_is_one_line_on_two_processes(what, shell: Shell, fresh, tmp_pa
         content[200] ^= 1
         (run / "tokens" / "train.bin").write_bytes(content)
         options = ["--resume", run, "--steps", 30]
-    ranks = shell.ranks(2, free_port(), *options)
+    ranks = shell.ranks(2, free_port(), "pretrain", *options)
     statuses = [rank.wait() for rank in ranks]
     out = "".join(rank.out for rank in ranks)
     assert set(statuses) == {2 if what == "batch" else 3}, out
