@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt.progress import Progress, Smoothed, Task, clock_text, si, task
+from fastgpt.progress import Progress, ReadThenWork, Smoothed, Task, clock_text, si, task
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -229,3 +229,26 @@ def test_si(value: float, text: str) -> None:
 )
 def test_clock_text(seconds: float, text: str) -> None:
     assert clock_text(seconds) == text
+
+
+def test_reading_and_the_work_behind_it_have_a_bar_each(capsys, monkeypatch) -> None:
+    shown: list[tuple[str, float]] = []
+    monkeypatch.setattr(Task, "update", lambda self, done: shown.append((self._description, done)))
+    with ReadThenWork("read", 6, "merge") as bars:
+        seen: list[int] = []
+        for item in bars.reading([1, 2, 3], lambda: sum(seen)):
+            assert capsys.readouterr().out == ""
+            seen.append(item)
+        assert re.fullmatch(r"read: \d\.\d s\n", capsys.readouterr().out)
+        bars.update(1, 4)
+        bars.update(4, 4)
+        bars.update(0, 0)
+        assert capsys.readouterr().out == ""
+    assert re.fullmatch(r"merge: \d\.\d s\n", capsys.readouterr().out)
+    assert shown == [
+        *(("read", 1), ("read", 3), ("read", 6)),
+        *(("merge", 0.25), ("merge", 1.0), ("merge", 0.0)),
+    ]
+    with pytest.raises(ZeroDivisionError), ReadThenWork("read", 6, "merge") as bars:
+        list(bars.reading([1], lambda: 1 // 0))
+    assert capsys.readouterr().out == ""
