@@ -126,7 +126,14 @@ class PyEncoder {
   }
 
   py::array encode_parallel(py::handle text, int threads) {
-    const std::vector<std::string_view> views = Encoder::parts(text_view(text));
+    ByteBuffer space;
+    std::string_view utf8;
+    try {
+      utf8 = Text(text).utf8(space);
+    } catch (const LoneSurrogate&) {
+      Text::refuse(text);
+    }
+    const std::vector<std::string_view> views = Encoder::parts(utf8);
     const std::vector<Text> parts(views.begin(), views.end());
     Batch batch(encoder_, acquire(threads, parts.size()), narrow_);
     batch.encode(parts.data(), parts.size());
@@ -143,13 +150,12 @@ class PyEncoder {
   }
 
   py::list encode_batch(const py::sequence& texts, int threads) {
-    // For each thread at a time: little enough that the ids stay near, and worth a thread.
-    const std::size_t bytes_each = std::size_t{1} << (threads == 1 ? 18 : 22);
     // A fast sequence keeps every text alive whatever happens to the caller's list meanwhile.
     const py::tuple held(texts);
     const std::vector<Text> wanted(held.begin(), held.end());
     std::vector<Encoder::State> states = acquire(threads, wanted.size());
-    const std::size_t most = states.size() * bytes_each;
+    // Some texts at a time: so few that the ids stay near, so many that they are worth a thread.
+    const std::size_t most = states.size() << (states.size() == 1 ? 18 : 22);  // bytes
     Batch batch(encoder_, std::move(states), narrow_);
     py::list out(wanted.size());
     for (std::size_t begin = 0; begin < wanted.size();) {

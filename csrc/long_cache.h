@@ -82,7 +82,7 @@ class LongCache {
   // Needs a piece that is not here.
   void insert(const std::uint8_t* p, std::size_t length, std::uint32_t hash,
               const std::uint32_t* ids, std::size_t count) {
-    if (used_ * 2 >= slots_.size()) grow();
+    if (used_ * 2 >= slots_.size()) slots_.size() < kMostSlots ? grow() : clear();
     put({hash, add(p, length, ids, count).word});
     ++used_;
   }
@@ -92,6 +92,7 @@ class LongCache {
 
  private:
   static constexpr int kFirstBits = 10;                            // 2^bits slots
+  static constexpr std::size_t kMostSlots = std::size_t{1} << 20;  // 8 MB
   static constexpr std::size_t kMostWords = std::size_t{1} << 22;  // 16 MB
   static constexpr std::size_t kSteps = 8;  // slots that a piece may have, else an old one is lost
   static constexpr int kCountShift = 8;
