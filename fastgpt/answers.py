@@ -21,6 +21,7 @@ def print_answers(
     answers = generate(model, [ids for _, ids in asked], sampling, stop_ids=stop_ids)
     texts = []
     for (question, _), ids in zip(asked, answers, strict=True):
-        texts.append({"prompt": question, "text": tokenizer.decode(ids)})
+        known = [i for i in ids if i < tokenizer.vocab_size]  # a model may have more rows
+        texts.append({"prompt": question, "text": tokenizer.decode(known)})
         print(f"\n> {question}|{texts[-1]['text']}")
     return texts
