@@ -46,14 +46,10 @@ def fwd_loop(
     acc, total, peak, q, k_tile, v_tile, stride_ks, stride_vs, lo, hi, col_ok, S,
     first, n_head, skip, n_blocks, score_in, score_log2,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, MASK_COLS: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PIPELINED: tl.constexpr = True,
 ):  # fmt: skip
-    """Online softmax over n_blocks key blocks; after n_head of them jump ``skip`` keys ahead.
-
-    A pipelined loop holds the addresses of its next loads. Where 128 keys at once leave no register
-    for them, the masked loop, which has few trips, goes without.
-    """
-    for i in tl.range(0, n_blocks, num_stages=1 if MASKED and BLOCK_N >= 128 else None):
+    """Online softmax over n_blocks key blocks; after n_head of them jump ``skip`` keys ahead."""
+    for i in tl.range(0, n_blocks, num_stages=None if PIPELINED else 1):
         start = first + i * BLOCK_N
         if MASKED:
             start += tl.where(i >= n_head, skip, 0)
@@ -91,6 +87,7 @@ def fwd_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     DOCS: tl.constexpr, VARLEN: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED_LAST: tl.constexpr = False,
 ):  # fmt: skip
     """One block of queries of one head: out (B, T, H, D) and lse (B, H, T)."""
     start_m, head, at_q, at_k, row, stats, T, S = query_block(
@@ -118,14 +115,15 @@ def fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
-    # Masked blocks first; but last (0, then 1) where registers are short, see fwd_loop.
-    FIRST: tl.constexpr = 0 if BLOCK_N >= 128 else 1
+    # Masked blocks first; or last and not pipelined, which keeps fewer addresses in registers.
+    FIRST: tl.constexpr = 0 if MASKED_LAST else 1
     STEP: tl.constexpr = 1 - 2 * FIRST
     for masked in tl.static_range(FIRST, FIRST + 2 * STEP, STEP):
         acc, total, peak = fwd_loop(
             acc, total, peak, q, k_tile, v_tile, stride_ks, stride_vs, lo, hi, col_ok, S,
             first if masked else full, n_head, n_full * BLOCK_N, n_edge if masked else n_full,
             score_in, score_log2, masked, SOFTCAP, MASK_COLS, BLOCK_N, PRECISION,
+            not (masked and MASKED_LAST),
         )  # fmt: skip
 
     empty = total == 0.0

@@ -274,7 +274,8 @@ def aot_case(
         architectures: see ``AotCase``.
     """
     blocks = {key: value for key, value in config.items() if key.isupper()}
-    values = {**blocks, **constexprs}
+    defaults = {p.name: p.default for p in fn.params if p.is_constexpr and p.has_default}
+    values = {**defaults, **blocks, **constexprs}
     signature = {arg: "constexpr" if arg in values else types[arg] for arg in fn.arg_names}
     attrs = {
         (position,): [["tt.divisibility", 16]]
