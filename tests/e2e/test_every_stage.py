@@ -72,9 +72,12 @@ def test_the_real_launcher_passes_a_signal_on_and_the_run_goes_on_exactly(stage,
     said = [line for line in out.splitlines() if line.startswith("fastgpt: ")]
     assert said == [f"fastgpt: stopped after step {stopped} of {STEPS}; go on with --resume {run}"]
     end = ("--stop-at", stopped + 3)
-    done = real_python([*launcher, *stage.words("--resume", run, *end)], cwd=stage.shell.cwd)
-    assert done.returncode == 1, done.stdout
-    assert "exitcode  : 75" in done.stdout
+    if stage.module == "sft":  # a start of the launcher takes seconds; the others do it again
+        stage.on_two("--resume", run, *end, expect=75)
+    else:
+        done = real_python([*launcher, *stage.words("--resume", run, *end)], cwd=stage.shell.cwd)
+        assert done.returncode == 1, done.stdout
+        assert "exitcode  : 75" in done.stdout
     stage.on_two("--out", whole, *new, *end, expect=75)
     assert_same_run(whole, run, stopped + 3)
 
