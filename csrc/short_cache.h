@@ -129,7 +129,7 @@ class ShortCache {
 
  private:
   static constexpr int kFirstBits = 12;     // 2^bits buckets
-  static constexpr int kMostBits = 18;      // 16 MB
+  static constexpr int kMostBits = 19;      // 32 MB
   static constexpr std::size_t kSteps = 4;  // buckets that an entry may lie in
   static constexpr int kLengthShift = 56;
   static constexpr int kCountShift = 61;
@@ -163,7 +163,7 @@ class ShortCache {
   }
 
   void grow() {
-    ShortCache larger(bits_ + 2);
+    ShortCache larger(bits_ + 2 < kMostBits ? bits_ + 2 : kMostBits);
     const std::size_t size = std::size_t{1} << bits_;
     for (std::size_t i = 0; i < size; ++i) {
       for (const Entry& entry : buckets_[i].way) {

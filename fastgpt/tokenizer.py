@@ -41,7 +41,8 @@ class Tokenizer:
     """One vocabulary. Immutable, picklable, safe to share between threads and across a fork.
 
     ``num_threads=0`` is one per core everywhere. Long work releases the GIL; a free-threaded Python
-    gets it back when it loads the extension. The word cache is bounded (some MB a thread).
+    gets it back when it loads the extension. The word cache grows with the distinct words of what
+    was encoded, up to 56 MB a thread.
 
     Attributes:
         vocab_size: number of ids, special tokens included; ids are below it.

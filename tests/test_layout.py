@@ -123,7 +123,7 @@ def test_one_module_uses_each_extension():
     }
     assert users == {"_bpe": ["bpe.byte_pair"], "_attend": ["cached_attention"]}
     python = [path.name for path in CORE if re.search(r"pybind11|Python\.h", path.read_text())]
-    assert set(python) == {"bindings.cpp", "python_ids.h"}
+    assert set(python) == {"bindings.cpp", "python_ids.h", "python_text.h"}
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)

@@ -46,7 +46,8 @@ def fwd_loop(
     acc, total, peak, q, k_tile, v_tile, stride_ks, stride_vs, lo, hi, col_ok, S,
     first, n_head, skip, n_blocks, score_in, score_log2,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, MASK_COLS: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PIPELINED: tl.constexpr = True,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    PIPELINED: tl.constexpr = True,  # pyright: ignore[reportArgumentType]
 ):  # fmt: skip
     """Online softmax over n_blocks key blocks; after n_head of them jump ``skip`` keys ahead."""
     for i in tl.range(0, n_blocks, num_stages=None if PIPELINED else 1):
@@ -87,7 +88,7 @@ def fwd_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     DOCS: tl.constexpr, VARLEN: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    MASKED_LAST: tl.constexpr = False,
+    MASKED_LAST: tl.constexpr = False,  # pyright: ignore[reportArgumentType]
 ):  # fmt: skip
     """One block of queries of one head: out (B, T, H, D) and lse (B, H, T)."""
     start_m, head, at_q, at_k, row, stats, T, S = query_block(

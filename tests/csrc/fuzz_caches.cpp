@@ -88,7 +88,7 @@ void check_short_cache(std::uint64_t pieces) {
     }
   }
   require(lost <= pieces / 100 || pieces > 200'000, "a small cache loses next to nothing");
-  require(lost > pieces / 4 || pieces < 1'000'000, "a full cache is bounded");
+  require(lost > pieces / 4 || pieces < 1'600'000, "a full cache is bounded");
 }
 
 void check_long_cache(std::uint64_t pieces) {
@@ -194,7 +194,7 @@ int main(int argc, char** argv) {
   if (argc != 3) return 2;
   rng.seed(std::strtoull(argv[1], nullptr, 10));
   const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(std::atoi(argv[2]));
-  check_short_cache(1'000'000);
+  check_short_cache(1'600'000);
   check_long_cache(400'000);
   long rounds = 0;
   for (; rounds < 12 || std::chrono::steady_clock::now() < end; ++rounds) {
