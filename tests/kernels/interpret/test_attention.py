@@ -212,8 +212,11 @@ def test_softcap(softcap, dtype):
 
 
 def test_softcap_is_exact_where_tanh_cancels():
-    """Scores far below the cap: tanh as 1 - 2/(1 + e^2x) alone has an error of 1e-4 here."""
-    judge(70, 32, (1, 1), softcap=3000.0, scale=2.0)
+    """Scores far below the cap: tanh as 1 - 2/(1 + e^2x) alone has an error of 1e-4 here.
+
+    Small scores, for else the rounding of the log-sum-exp that the backward starts from shows, too.
+    """
+    judge(70, 32, (1, 1), softcap=3000.0)
 
 
 def test_scale():
