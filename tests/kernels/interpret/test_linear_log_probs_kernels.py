@@ -39,15 +39,28 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(MODULE, "chunk_rows", lambda n_rows, n_cols: 4)
 
 
+def native_by_four(hidden, weight, ids, *bias, **options):
+    """PyTorch on the same four rows at a time.
+
+    Its float32 GEMM of three rows or fewer on a CPU adds 50,257 products one after another (error
+    2e-5 at magnitude 1.6), that of more rows in blocks (5e-7): both sides must use the same one.
+    """
+    parts = [native(hidden[i : i + 4], weight, ids[i : i + 4], *bias, **options)
+             for i in range(0, len(ids), 4)]  # fmt: skip
+    return tuple(torch.cat(x) for x in zip(*parts, strict=True))
+
+
 def _check(rows, width, vocabulary, dtype, layout, option, with_bias, scale):
     hidden, weight, ids = operands((rows,), width, vocabulary, dtype, scale)
     bias = [torch.randn(vocabulary).to(dtype)] * with_bias
     compare(
         both(linear_log_probs, **OPTIONS[option]),
-        both(native, **OPTIONS[option]),
+        both(native_by_four, **OPTIONS[option]),
         both(reference.linear_log_probs, **OPTIONS[option]),
         [hidden, weight, ids, *bias],
         layouts=[layout, layout, "padded", "contiguous"][: 3 + with_bias],
+        # One row has one logit of its id, rounded to 16 bits: PyTorch's own may round by luck.
+        output_floor=dtype if rows == 1 else None,
     )
 
 
