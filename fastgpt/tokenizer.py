@@ -457,7 +457,7 @@ def check_disallowed(text: str, disallowed: Collection[str]) -> None:
 
 
 def read_texts(paths: Iterable[PathLike], progress: Progress | None = None) -> Iterator[str]:
-    """The texts of UTF-8 files for ``Tokenizer.train``, a block of some MB at a time.
+    """The texts of UTF-8 files for ``Tokenizer.train``, a block of about 1 MB at a time.
 
     ``progress(done, total)`` counts bytes. Raises DataError naming the file and the byte.
     """

@@ -17,7 +17,7 @@ from fastgpt.errors import DataError
 A = TypeVar("A")
 B = TypeVar("B")
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 1 << 20  # read at a time; as a str with one emoji they take four times as much
 _MAX_BLOCKS_UNCUT = 4  # a text without a place to cut is cut anyhow once it is so many blocks long
 
 
@@ -65,7 +65,7 @@ def map_threads(work: Callable[[A], B], items: Sequence[A], num_threads: int) ->
 
 
 def read_blocks(
-    path: str | os.PathLike[str], block_bytes: int = BLOCK_BYTES
+    path: str | os.PathLike[str], block_bytes: int | None = None
 ) -> Iterator[tuple[str, int]]:
     """A UTF-8 file as texts of about ``block_bytes``, each with the number of bytes read so far.
 
@@ -74,6 +74,7 @@ def read_blocks(
     and the byte.
     """
     path = Path(path)
+    block_bytes = block_bytes or BLOCK_BYTES
     decode = codecs.getincrementaldecoder("utf-8")().decode
     rest, done = "", 0
     try:

@@ -190,6 +190,18 @@ def test_reading_reports_bytes_and_names_damage(tmp_path):
         list(read_texts([tmp_path / "missing.txt"]))
 
 
+def test_training_takes_the_memory_of_the_words_not_of_the_file(tmp_path):
+    # 50 MB of a few words, and emojis: a str with one of them has four bytes a character.
+    path = tmp_path / "long.txt"
+    path.write_bytes(("so many words, so few of them \U0001f600\n" * 1500).encode() * 1000)
+    samples.assert_memory(
+        "from fastgpt.tokenizer import Tokenizer, read_texts",
+        "Tokenizer.train(['a few words'], 270)",
+        f"Tokenizer.train(read_texts([{str(path)!r}]), 300, num_threads=2)",
+        megabytes=60,
+    )
+
+
 def test_a_text_without_a_place_to_cut_is_cut_anyhow(tmp_path):
     path = tmp_path / "long.txt"
     path.write_text("1" * 1000)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import lzma
 import random
+import subprocess
+import sys
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
+import pytest
 import tiktoken
 from hypothesis import strategies as st
 
@@ -133,3 +137,21 @@ def pairs_reference(pattern: str) -> tiktoken.Encoding:
     return tiktoken.Encoding(
         pattern, pat_str=REGEX[pattern], mergeable_ranks=_pair_ranks(), special_tokens={}
     )
+
+
+_PEAK = """
+def peak():
+    lines = open("/proc/self/status", encoding="ascii").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+"""
+
+
+def assert_memory(prepare: str, before: str, work: str, *, megabytes: float) -> None:
+    """In a fresh process, ``work`` takes at most so much more memory than ``before`` did."""
+    # getrusage would begin with the peak of the process that started this one.
+    if not Path("/proc/self/status").exists():
+        pytest.skip("this system does not tell the peak of a process")
+    code = f"{_PEAK}\n{prepare}\n{before}\nfirst = peak()\n{work}\n"
+    code += f"assert peak() - first < {megabytes}, (first, peak())\n"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
