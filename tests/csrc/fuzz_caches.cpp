@@ -87,7 +87,7 @@ void check_short_cache(std::uint64_t pieces) {
       }
     }
   }
-  require(lost <= pieces / 100 || pieces > 200'000, "a small cache loses next to nothing");
+  require(lost <= pieces / 50 || pieces > 200'000, "a small cache loses next to nothing");
   require(lost > pieces / 4 || pieces < 1'600'000, "a full cache is bounded");
 }
 
@@ -122,7 +122,7 @@ void check_long_cache(std::uint64_t pieces) {
       }
     }
   }
-  require(lost <= pieces / 100 || pieces > 50'000, "a small cache loses next to nothing");
+  require(lost <= pieces / 50 || pieces > 50'000, "a small cache loses next to nothing");
   require(lost > 0 || pieces < 400'000, "a full cache is bounded");
 }
 
