@@ -253,6 +253,35 @@ def gpt2_json(ranks: Path, directory: Path) -> Path:
     return path
 
 
+VECTORS = ("avx2", "bmi2", "avx512bw", "asimd")  # what the scanners of csrc are written for
+
+
+def machine() -> str:
+    """The processor with those of its features that decide which scanner runs, and the cores."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="ascii", errors="replace") if info.exists() else ""
+    pairs = (line.partition(":") for line in text.splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in pairs}
+    model = fields.get("model name", platform.machine())
+    if family := fields.get("cpu family"):  # cloud machines often name the maker only
+        model += f" family {family}"
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    vectors = " ".join(feature for feature in VECTORS if feature in flags)
+    return f"{model} ({vectors or 'features unknown'}), {os.cpu_count()} cores"
+
+
+def versions(python: str) -> dict[str, str]:
+    """The peers that this Python has."""
+    names = sorted({*ENCODERS, *TRAINERS} - {"fastgpt"})
+    code = (
+        "import importlib.metadata as m, json, sys\n"
+        "have = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
+        "print(json.dumps({n: have[n] for n in sys.argv[1:] if n in have}))"
+    )
+    run = subprocess.run([python, "-c", code, *names], capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)
+
+
 def measure(python: str, directory: Path, *args: object) -> dict[str, Any] | None:
     """What ``tokenizer_peers.py`` says in a fresh process; None, and why, where it cannot run."""
     environment = os.environ | {
@@ -342,8 +371,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         found = table(options, Path(directory))
     header = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine(),
         "python": platform.python_version(),
+        "peers": versions(options.peer_python),
         "text_mb": options.mb,
         "units": "MB of UTF-8 per processor second; us_N: microseconds for N characters",
     }
