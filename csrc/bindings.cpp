@@ -10,6 +10,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "batch_encoder.h"
 #include "encoder.h"
 #include "id_array.h"
 #include "parallel.h"
@@ -58,43 +59,6 @@ std::string_view text_view(py::handle text) {
 
 using Places = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
 
-// Encodes texts by several threads. The ids of a thread lie one behind the other, in memory that is
-// used again, so that each id is written to fresh memory once only: in what Python gets.
-class Batch {
- public:
-  Batch(const Encoder& encoder, std::vector<Encoder::State> states, bool narrow)
-      : encoder_(encoder), states_(std::move(states)) {
-    for (std::size_t i = 0; i < states_.size(); ++i) arrays_.emplace_back(narrow);
-  }
-
-  // Throws LoneSurrogate.
-  void encode(const Text* texts, std::size_t count) {
-    const py::gil_scoped_release release;
-    for (IdArray& array : arrays_) array.clear();
-    parts_.resize(count);
-    parallel_for(count, static_cast<int>(states_.size()), [&](std::size_t i, int thread) {
-      IdArray& array = arrays_[static_cast<std::size_t>(thread)];
-      EncodeState& state = *states_[static_cast<std::size_t>(thread)];
-      parts_[i] = {&array, array.size(), 0};
-      encoder_.encode(texts[i].utf8(state.text), state, array);
-      parts_[i].count = array.size() - parts_[i].begin;
-    });
-  }
-
-  struct Part {
-    const IdArray* array;
-    std::size_t begin;
-    std::size_t count;
-  };
-  const std::vector<Part>& parts() const { return parts_; }
-
- private:
-  const Encoder& encoder_;
-  std::vector<Encoder::State> states_;
-  std::vector<IdArray> arrays_;
-  std::vector<Part> parts_;
-};
-
 class PyEncoder {
  public:
   PyEncoder(const std::string& pattern, std::vector<std::optional<py::bytes>> tokens,
@@ -135,10 +99,13 @@ class PyEncoder {
     }
     const std::vector<std::string_view> views = Encoder::parts(utf8);
     const std::vector<Text> parts(views.begin(), views.end());
-    Batch batch(encoder_, acquire(threads, parts.size()), narrow_);
-    batch.encode(parts.data(), parts.size());
+    BatchEncoder batch(encoder_, acquire(threads, parts.size()), narrow_);
+    {
+      const py::gil_scoped_release release;
+      batch.encode(parts.data(), parts.size());
+    }
     std::size_t total = 0;
-    for (const Batch::Part& part : batch.parts()) total += part.count;
+    for (const BatchEncoder::Part& part : batch.parts()) total += part.count;
     py::array out(id_dtype(narrow_), total);
     auto* place = static_cast<char*>(out.mutable_data());
     const py::gil_scoped_release release;
@@ -156,7 +123,7 @@ class PyEncoder {
     std::vector<Encoder::State> states = acquire(threads, wanted.size());
     // Some texts at a time: so few that the ids stay near, so many that they are worth a thread.
     const std::size_t most = states.size() << (states.size() == 1 ? 18 : 22);  // bytes
-    Batch batch(encoder_, std::move(states), narrow_);
+    BatchEncoder batch(encoder_, std::move(states), narrow_);
     py::list out(wanted.size());
     for (std::size_t begin = 0; begin < wanted.size();) {
       std::size_t end = begin;
@@ -164,6 +131,7 @@ class PyEncoder {
         bytes += wanted[end].size();
       }
       try {
+        const py::gil_scoped_release release;
         batch.encode(&wanted[begin], end - begin);
       } catch (const LoneSurrogate&) {
         for (const py::handle text : held) Text::refuse(text);

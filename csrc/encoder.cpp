@@ -159,9 +159,9 @@ void Encoder::encode(std::string_view text, EncodeState& state, TokenBuffer& out
     const std::uint8_t* begin = p;
     for (std::size_t i = 0; i < count; ++i) {
       const auto length = static_cast<std::size_t>(ends[i] - begin);
-      places[i].key = ShortCache::make_key(begin, length, end);
+      places[i].key = PieceKey::of(begin, length, end);
       places[i].bucket = view.locate(places[i].key);
-      if (length > ShortCache::kMaxLength && length <= LongCache::kMaxLength) {
+      if (length > PieceKey::kMaxLength && length <= LongCache::kMaxLength) {
         const std::uint32_t hash = LongCache::hash(begin, length, end);
         places[i].key.low = hash;  // no entry of the short cache has the other half of the key
         state.long_pieces.prefetch(hash);
@@ -187,7 +187,7 @@ void Encoder::encode(std::string_view text, EncodeState& state, TokenBuffer& out
 // A piece that is not short, or has many ids, or is new.
 void Encoder::encode_rare(const std::uint8_t* p, std::size_t length, const ShortCache::Key& key,
                           ShortCache::Bucket* bucket, EncodeState& state, TokenBuffer& out) const {
-  if (length > ShortCache::kMaxLength) {
+  if (length > PieceKey::kMaxLength) {
     return encode_long(p, length, static_cast<std::uint32_t>(key.low), state, out);
   }
   ShortCache::Entry* entry = state.short_pieces.look_around(key, bucket);

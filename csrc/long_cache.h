@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "hash.h"
-#include "short_cache.h"
+#include "piece_key.h"
 #include "zeroed_memory.h"
 
 namespace fastgpt {
@@ -43,8 +43,8 @@ class LongCache {
     } else {
       std::memcpy(word, p, length);
     }
-    word[2] &= kKeyMasks.low[length - 16];
-    word[3] &= kKeyMasks.high[length - 16];
+    word[2] &= kPrefixMasks.low[length - 16];
+    word[3] &= kPrefixMasks.high[length - 16];
     const std::uint64_t front = word[0] * 0x9E3779B97F4A7C15ull ^ word[1] * 0xD6E8FEB86659FD93ull;
     const std::uint64_t back = word[2] * 0xA0761D6478BD642Full ^ word[3] * 0xE7037ED1A0B428DBull;
     return static_cast<std::uint32_t>(mix(front ^ front >> 32, back ^ back >> 32) >> 32);

@@ -11,35 +11,15 @@
 #include <cstring>
 #include <utility>
 
+#include "piece_key.h"
 #include "zeroed_memory.h"
 
 namespace fastgpt {
 
-// The bits of the first 0 to 16 bytes in two words; of the 16th byte none.
-struct KeyMasks {
-  std::uint64_t low[17];
-  std::uint64_t high[17];
-
-  constexpr KeyMasks() : low{}, high{} {
-    for (int i = 0; i <= 16; ++i) {
-      low[i] = i < 8 ? (std::uint64_t{1} << 8 * i) - 1 : ~std::uint64_t{0};
-      high[i] = i <= 8 ? 0 : (std::uint64_t{1} << 8 * ((i < 15 ? i : 15) - 8)) - 1;
-    }
-  }
-};
-inline constexpr KeyMasks kKeyMasks{};
-
 class ShortCache {
  public:
-  static constexpr std::size_t kMaxLength = 15;  // bytes of a piece
+  using Key = PieceKey;
   static constexpr std::size_t kMaxIds = 4;
-
-  // The bytes of a piece, zero-padded, with their number in the last byte. Of a longer piece that
-  // byte is 16, which no entry has.
-  struct Key {
-    std::uint64_t low;
-    std::uint64_t high;
-  };
 
   struct Entry {
     Key key;  // above its length the number of ids less one
@@ -75,20 +55,6 @@ class ShortCache {
 
   ShortCache() : ShortCache(kFirstBits) {}
 
-  // Reads 16 bytes where the text has them, never past end.
-  static Key make_key(const std::uint8_t* p, std::size_t length, const std::uint8_t* end) {
-    const std::size_t used = length <= kMaxLength ? length : kMaxLength + 1;
-    std::uint64_t word[2];
-    if (end - p >= 16) {
-      std::memcpy(word, p, 16);
-    } else {
-      word[0] = word[1] = 0;
-      std::memcpy(word, p, used);
-    }
-    return {word[0] & kKeyMasks.low[used],
-            (word[1] & kKeyMasks.high[used]) | static_cast<std::uint64_t>(used) << kLengthShift};
-  }
-
   // For some more pieces that are looked for and perhaps inserted.
   View make_room(std::size_t pieces) {
     if (used_ + pieces > (std::size_t{1} << bits_) && bits_ < kMostBits) grow();
@@ -118,8 +84,8 @@ class ShortCache {
     return nullptr;
   }
 
-  // Makes the entry of a key that has none, of a piece of at most kMaxLength bytes. Its ids are to
-  // be written by the caller.
+  // Makes the entry of a key that has none, of a piece of at most PieceKey::kMaxLength bytes. Its
+  // ids are to be written by the caller.
   Entry& insert(const Key& key, const Bucket* bucket, std::size_t count) {
     Entry& entry = free_entry(bucket);
     entry.key = key;
@@ -131,7 +97,6 @@ class ShortCache {
   static constexpr int kFirstBits = 12;     // 2^bits buckets
   static constexpr int kMostBits = 19;      // 32 MB
   static constexpr std::size_t kSteps = 4;  // buckets that an entry may lie in
-  static constexpr int kLengthShift = 56;
   static constexpr int kCountShift = 61;
 
   explicit ShortCache(int bits)

@@ -11,10 +11,8 @@
 namespace fastgpt {
 namespace {
 
-constexpr std::size_t kShortLength = 15;
-
-inline std::size_t hash_short(const std::uint64_t (&key)[2]) {
-  return static_cast<std::size_t>(mix(mix(mix(0, key[0]), key[1]), 0));
+inline std::size_t hash_short(const PieceKey& key) {
+  return static_cast<std::size_t>(mix(mix(mix(0, key.low), key.high), 0));
 }
 
 // Slots are at most two thirds full.
@@ -26,16 +24,13 @@ WordMap::WordMap() : short_(1024), long_(256) {}
 
 void WordMap::add(const std::uint8_t* word, std::size_t length, const std::uint8_t* end,
                   std::uint64_t count) {
-  if (length > kShortLength) return add_long(word, length, count);
-  std::uint64_t key[2];
-  pack_bytes(word, length, end, key);
+  if (length > PieceKey::kMaxLength) return add_long(word, length, count);
+  const PieceKey key = PieceKey::of(word, length, end);
   const std::size_t mask = short_.size() - 1;
   std::size_t i = hash_short(key) & mask;
-  while (short_[i].key[1] != key[1] || short_[i].key[0] != key[0]) {
-    if (short_[i].key[1] == 0) {
-      short_[i].key[0] = key[0];
-      short_[i].key[1] = key[1];
-      short_[i].count = count;
+  while (short_[i].key.high != key.high || short_[i].key.low != key.low) {
+    if (short_[i].count == 0) {
+      short_[i] = {key, count};
       if (is_full(++short_used_, short_.size())) grow_short();
       return;
     }
@@ -66,9 +61,9 @@ void WordMap::grow_short() {
   old.swap(short_);
   const std::size_t mask = short_.size() - 1;
   for (const ShortSlot& slot : old) {
-    if (slot.key[1] == 0) continue;
+    if (slot.count == 0) continue;
     std::size_t i = hash_short(slot.key) & mask;
-    while (short_[i].key[1]) i = (i + 1) & mask;
+    while (short_[i].count) i = (i + 1) & mask;
     short_[i] = slot;
   }
 }

@@ -6,6 +6,7 @@
 #include <string_view>
 #include <vector>
 
+#include "piece_key.h"
 #include "pretokenizer.h"
 
 namespace fastgpt {
@@ -22,8 +23,7 @@ class WordMap {
   template <class F>
   void for_each(F&& f) const {
     for (const ShortSlot& slot : short_) {
-      if (slot.key[1] == 0) continue;
-      f(reinterpret_cast<const std::uint8_t*>(slot.key), slot.key[1] >> 56, slot.count);
+      if (slot.count) f(slot.key.bytes(), slot.key.length(), slot.count);
     }
     for (const LongSlot& slot : long_) {
       if (slot.count) f(arena_.data() + slot.offset, std::size_t{slot.length}, slot.count);
@@ -32,8 +32,8 @@ class WordMap {
 
  private:
   struct ShortSlot {
-    std::uint64_t key[2];  // up to 15 bytes, the last one is the length; 0 is a free slot
-    std::uint64_t count;
+    PieceKey key;
+    std::uint64_t count;  // 0 is a free slot
   };
   struct LongSlot {
     std::uint64_t hash;

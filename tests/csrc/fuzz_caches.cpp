@@ -1,6 +1,6 @@
-// The caches of pieces filled until they grow, replace and forget, and one encoder in several
-// threads; for sanitizer builds. Usage: fuzz_caches SEED SECONDS. Prints the number of rounds;
-// aborts on the first difference.
+// The caches of pieces filled until they grow, replace and forget; for sanitizer builds.
+// Usage: fuzz_caches SEED SECONDS. Prints the number of rounds; aborts on the first difference.
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -9,13 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "encoder.h"
 #include "hash.h"
 #include "long_cache.h"
-#include "parallel.h"
-#include "piece_finder.h"
 #include "short_cache.h"
-#include "trainer.h"
 
 using namespace fastgpt;
 
@@ -63,10 +59,10 @@ void check_short_cache(std::uint64_t pieces) {
       const std::vector<std::uint8_t> exact(text.begin(), text.end());
       const std::uint8_t* const end = exact.data() + exact.size();
       const ShortCache::View view = cache.make_room(1);
-      const ShortCache::Key key = ShortCache::make_key(exact.data(), exact.size(), end);
+      const ShortCache::Key key = PieceKey::of(exact.data(), exact.size(), end);
       const std::string longer = text + "something behind it";
       const ShortCache::Key same =
-          ShortCache::make_key(bytes_of(longer), text.size(), bytes_of(longer) + longer.size());
+          PieceKey::of(bytes_of(longer), text.size(), bytes_of(longer) + longer.size());
       require(key.low == same.low && key.high == same.high, "a key is its piece alone");
       const ShortCache::Bucket* const place = view.locate(key);
       const Ids ids = ids_of(i, 1 + i % ShortCache::kMaxIds);
@@ -126,68 +122,6 @@ void check_long_cache(std::uint64_t pieces) {
   require(lost > 0 || pieces < 400'000, "a full cache is bounded");
 }
 
-std::string random_text(std::size_t length) {
-  static const char* const kParts[] = {" the",     " of",          "ing", "\n", " ",  "7",  "!",
-                                       "\xC3\xA9", "\xE4\xB8\xAD", " a",  "b",  "'s", "   "};
-  std::string text;
-  while (text.size() < length) text += kParts[below(std::size(kParts))];
-  return text;
-}
-
-Encoder make_encoder(const std::string& text, Pattern pattern) {
-  WordCounter counter(pattern, 2);
-  counter.add({std::string_view(text).substr(0, text.size() / 2),
-               std::string_view(text).substr(text.size() / 2)});
-  TrainOptions options;
-  options.merges = 100;
-  Vocabulary vocabulary;
-  vocabulary.pattern = pattern;
-  vocabulary.tokens.resize(256);
-  for (int byte = 0; byte < 256; ++byte) {
-    vocabulary.tokens[gpt2_byte_ids()[byte]] = std::string(1, static_cast<char>(byte));
-  }
-  for (const auto& [left, right] : train_bpe(counter.take(), options)) {
-    vocabulary.merges.push_back(
-        {left, right, static_cast<std::uint32_t>(vocabulary.tokens.size())});
-    vocabulary.tokens.push_back(vocabulary.tokens[left] + vocabulary.tokens[right]);
-  }
-  return Encoder(std::move(vocabulary));
-}
-
-// A text as a whole, in its parts, and by threads that share the encoder: the same ids.
-void check_encoder() {
-  const std::string text = random_text(20'000 + below(2) * 5 * Encoder::kPart);
-  const Encoder encoder = make_encoder(text, static_cast<Pattern>(below(4)));
-  TokenBuffer whole;
-  encoder.encode(text, *encoder.acquire(), whole);
-  const Ids ids(whole.data(), whole.data() + whole.size());
-  const auto parts = Encoder::parts(text);
-  require(parts.size() > 2 || text.size() < 4 * Encoder::kPart, "a long text has parts");
-  std::vector<Encoder::State> states;
-  for (int i = 0; i < 3; ++i) states.push_back(encoder.acquire());
-  std::vector<Ids> found(parts.size());
-  parallel_for(parts.size(), 3, [&](std::size_t i, int thread) {
-    TokenBuffer buffer;
-    encoder.encode(parts[i], *states[static_cast<std::size_t>(thread)], buffer);
-    found[i].assign(buffer.data(), buffer.data() + buffer.size());
-  });
-  Ids joined;
-  for (const Ids& part : found) joined.insert(joined.end(), part.begin(), part.end());
-  require(joined == ids, "ids of the parts");
-  parallel_for(6, 3, [&](std::size_t i, int) {
-    const auto state = encoder.acquire();
-    IdArray array(i % 2 == 0);
-    encoder.encode(text, *state, array);
-    require(array.size() == ids.size(), "as many ids in an array");
-    for (std::size_t k = 0; k < ids.size(); ++k) {
-      std::uint32_t id = 0;
-      std::memcpy(&id, array.at(k), array.id_bytes());
-      require(id == ids[k], "ids in an array");
-    }
-    std::free(array.release());
-  });
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -200,7 +134,6 @@ int main(int argc, char** argv) {
   for (; rounds < 12 || std::chrono::steady_clock::now() < end; ++rounds) {
     check_short_cache(below(20'000));
     check_long_cache(below(5'000));
-    check_encoder();
   }
   std::printf("%ld rounds\n", rounds);
   return 0;

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+NAMES = ["fuzz_core", "fuzz_options", "fuzz_caches", "fuzz_threads"]
 COMPILER = shutil.which("clang++") or shutil.which("g++")
 
 
@@ -32,16 +33,16 @@ def core(tmp_path_factory):
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-@pytest.mark.parametrize("name", ["fuzz_core", "fuzz_options", "fuzz_caches"])
 @pytest.mark.parametrize(
-    ("sanitizer", "seconds"),
+    ("name", "sanitizer", "seconds"),
     [
-        ("address,undefined", 3),
-        pytest.param("address,undefined", 600, marks=pytest.mark.full),
-        pytest.param("thread", 60, marks=pytest.mark.full),
+        *[(name, "address,undefined", 3) for name in NAMES],
+        ("fuzz_threads", "thread", 3),
+        *[pytest.param(name, "address,undefined", 600, marks=pytest.mark.full) for name in NAMES],
+        *[pytest.param(name, "thread", 60, marks=pytest.mark.full) for name in NAMES],
     ],
 )
-def test_random_input_under(core, sanitizer, seconds, name, tmp_path):
+def test_random_input_under(core, name, sanitizer, seconds, tmp_path):
     flags, objects = core(sanitizer)
     source = Path(__file__).with_name(f"{name}.cpp")
     program = tmp_path / name
