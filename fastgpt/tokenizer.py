@@ -251,7 +251,7 @@ class Tokenizer:
         """
         if not isinstance(self._engine, BytePair):
             raise AttributeError("a sentencepiece model does not split text before it merges")
-        ends = self._engine._ends(text)
+        ends = self._engine.piece_ends(text)
         return int(max(ends[ends < ends[-1]], default=0)) if len(ends) else 0
 
     def encode_batch(

@@ -133,12 +133,14 @@ class BytePair:
         specials = {names[i]: self.special_tokens[names[i]] for i in allowed}
         arrays = []
         for i, (part, special) in enumerate(split_specials(text, specials)):
-            arrays.append(self._core.encode_spans(part, self._ends(part), p, (seed + i) % 2**64))
+            ends = self.piece_ends(part)
+            arrays.append(self._core.encode_spans(part, ends, p, (seed + i) % 2**64))
             if special is not None:
                 arrays.append(np.array([special], dtype=arrays[0].dtype))
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
-    def _ends(self, text: str) -> np.ndarray:
+    def piece_ends(self, text: str) -> np.ndarray:
+        """int64 (pieces,): the places in the UTF-8 of ``text`` where its pieces end, rising."""
         if self._splitter is not None:
             return self._splitter.ends(text)
         return core().piece_ends(self.source.pattern, text)
