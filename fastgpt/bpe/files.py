@@ -74,7 +74,7 @@ def load(
             if not isinstance(name, str) or Path(name).name != name:
                 raise DataError(f"{path}: model_file: not the name of a file beside this one")
             return read(path.with_name(name)), path.with_name(name)
-        if isinstance(document, dict) and "model" not in document and _is_vocab(document):
+        if isinstance(document, dict) and _is_vocab(document):
             return _load_gpt2(path, document, pattern, special_tokens), path
         return hf_json.loads(document, str(path), pattern), path
     if data.startswith(b"#version") or path.name == "merges.txt":
@@ -108,7 +108,9 @@ def _in_directory(path: Path) -> Path:
 
 
 def _is_vocab(document: Mapping[str, Any]) -> bool:
-    return bool(document) and isinstance(next(iter(document.values())), int)
+    # A token may well be called "model", as the part of a tokenizer.json is.
+    first = next(iter(document.values()), None)
+    return isinstance(first, int) and not isinstance(document.get("model"), dict)
 
 
 def _is_tiktoken(data: bytes) -> bool:

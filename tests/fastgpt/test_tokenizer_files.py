@@ -166,6 +166,15 @@ def test_gpt2_files_both_ways(tmp_path):
     assert chosen.special_tokens == ours.special_tokens
 
 
+def test_a_token_may_be_named_as_a_part_of_another_format(tmp_path):
+    # GPT-2's own vocab.json has "model" and "type".
+    words = ["model " * 9, " model type", "type " * 9]
+    ours = Tokenizer.train(words, 300, pattern="gpt2", special_tokens=())
+    assert {b"model", b"type"} <= set(ours.vocabulary.tokens)
+    ours.save(tmp_path / "vocab.json")
+    assert Tokenizer.from_file(tmp_path / "vocab.json").hash == ours.hash
+
+
 def test_damaged_gpt2_files_are_named(tmp_path):
     ours = small()
     ours.save(tmp_path / "vocab.json")
@@ -330,8 +339,9 @@ def test_published_vocabularies(name, tmp_path):
     # Every format that holds it gives it back.
     ours.save(tmp_path / "x.tiktoken")
     assert (tmp_path / "x.tiktoken").read_bytes() == path.read_bytes()
-    ours.save(tmp_path / "tokenizer.json")
-    assert Tokenizer.from_file(tmp_path / "tokenizer.json").hash == ours.hash
+    for file in ("tokenizer.json", *(["vocab.json"] if name == "r50k_base" else [])):
+        ours.save(tmp_path / file)
+        assert Tokenizer.from_file(tmp_path / file).hash == ours.hash
 
 
 # --- damaged files of every kind
