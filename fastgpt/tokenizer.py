@@ -21,7 +21,7 @@ import numpy as np
 
 from fastgpt.bpe import byte_pair, files, sentencepiece_model
 from fastgpt.bpe.byte_pair import BytePair
-from fastgpt.bpe.hf_json import Vocabulary
+from fastgpt.bpe.hf_json import Vocabulary, VocabularyError
 from fastgpt.bpe.sentencepiece_model import SentencePiece
 from fastgpt.bpe.text import map_threads, read_blocks, specials_regex, surrogate_error
 from fastgpt.errors import DataError
@@ -139,14 +139,16 @@ class Tokenizer:
         known) and ``vocab.json`` (GPT-2's pattern; special is what no merge makes). A
         tokenizer.json with a regular expression of its own is read only if ``pattern`` repeats it.
 
-        Raises DataError, naming the file and the place, for a file that is damaged or whose ids
-        could not be reproduced exactly.
+        Raises VocabularyError, a ValueError that names the file and the place, for a file that is
+        damaged or whose ids could not be reproduced exactly.
         """
         source, file = files.load(Path(path), pattern, special_tokens)
         try:
             return cls(source, str(file))
+        except VocabularyError:
+            raise
         except ValueError as error:
-            raise DataError(f"{file}: {error}") from None
+            raise VocabularyError(f"{file}: {error}") from None
 
     @classmethod
     def from_tiktoken_ranks(
@@ -168,7 +170,7 @@ class Tokenizer:
         ``*.tiktoken``; ``vocab.json`` or ``merges.txt`` (both are written); anything else is a
         tokenizer.json, which ``tokenizers.Tokenizer.from_file`` reads as well. A sentencepiece
         model goes beside ``path`` as ``*.model``. Raises ValueError for a vocabulary that the
-        format cannot express.
+        format cannot express, UsageError where nothing can be written.
         """
         path = Path(path)
         if isinstance(self._engine, BytePair):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastgpt.cli import command
-from fastgpt.errors import DataError, UsageError
+from fastgpt.errors import DataError, FastGPTError, UsageError
 
 if TYPE_CHECKING:
     from fastgpt.tokenizer import Tokenizer
@@ -57,6 +57,8 @@ class Train:
         from fastgpt.progress import ReadThenWork
         from fastgpt.tokenizer import Tokenizer
 
+        if not self.out.parent.is_dir():
+            raise UsageError(f"--out {self.out}: the directory {self.out.parent} does not exist")
         documents = read_documents(self.files, text_key=self.text_key)
         texts = (document.text for document in documents)
         with ReadThenWork("read", documents.bytes_total, "merge") as bars:
@@ -359,6 +361,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     try:
         chosen.run()
+    except FastGPTError:  # some are ValueErrors too
+        raise
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
 

@@ -5,9 +5,9 @@
     vocab.json + merges.txt     GPT-2's own files, side by side
     *.model                     sentencepiece (protocol buffers)
 
-The format is seen from the content, not from the name. Every complaint is a DataError that names
-the file and the place. Memory is bounded by the size of the file: numbers in it are checked before
-anything is allocated for them.
+The format is seen from the content, not from the name. Every complaint is a VocabularyError, which
+is a ValueError, and names the file and the place. Memory is bounded by the size of the file:
+numbers in it are checked before anything is allocated for them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 
 from fastgpt.bpe import hf_json
 from fastgpt.bpe.byte_pair import core
-from fastgpt.bpe.hf_json import MAX_ID, Vocabulary
-from fastgpt.errors import DataError
+from fastgpt.bpe.hf_json import MAX_ID, Vocabulary, VocabularyError
+from fastgpt.errors import UsageError
 
 # The published files by their sha256: the pattern and the special tokens, which are not in them.
 _OPENAI: dict[str, tuple[str, dict[str, int]]] = {
@@ -72,7 +72,7 @@ def load(
         if isinstance(document, dict) and document.get("type") == "sentencepiece":
             name = document.get("model_file")
             if not isinstance(name, str) or Path(name).name != name:
-                raise DataError(f"{path}: model_file: not the name of a file beside this one")
+                raise VocabularyError(f"{path}: model_file: not the name of a file beside this one")
             return read(path.with_name(name)), path.with_name(name)
         if isinstance(document, dict) and _is_vocab(document):
             return _load_gpt2(path, document, pattern, special_tokens), path
@@ -103,7 +103,7 @@ def _in_directory(path: Path) -> Path:
     candidates += sorted([*path.glob("*.tiktoken"), *path.glob("*.model")])
     found = next((file for file in candidates if file.is_file()), None)
     if found is None:
-        raise DataError(f"{path}: no tokenizer in this directory; name the file")
+        raise VocabularyError(f"{path}: no tokenizer in this directory; name the file")
     return found
 
 
@@ -123,7 +123,7 @@ def _specials_of(
 ) -> dict[str, int]:
     for name, number in special_tokens.items():
         if not 0 <= number <= MAX_ID or number in tokens:
-            raise DataError(
+            raise VocabularyError(
                 f"{path}: special token {name!r}: its id {number} is taken or too large"
             )
     return dict(special_tokens)
@@ -156,7 +156,7 @@ def _load_tiktoken(
     known = _OPENAI.get(hashlib.sha256(data).hexdigest())
     if pattern is None:
         if known is None:
-            raise DataError(
+            raise VocabularyError(
                 f"{path}: a .tiktoken file does not say how text is split; give the pattern"
             )
         pattern = known[0]
@@ -170,20 +170,20 @@ def _load_tiktoken(
         words = line.split()
         place = f"{path}: line {number}"
         if len(words) != 2 or not words[1].isdigit() or len(words[1]) > 7:
-            raise DataError(f"{place}: expected base64 of a token and its rank")
+            raise VocabularyError(f"{place}: expected base64 of a token and its rank")
         try:
             token = base64.b64decode(words[0], validate=True)
         except binascii.Error as error:
-            raise DataError(f"{place}: not base64 ({error})") from None
+            raise VocabularyError(f"{place}: not base64 ({error})") from None
         rank = int(words[1])
         if rank > MAX_ID:
-            raise DataError(f"{place}: rank {rank} is not between 0 and {MAX_ID}")
+            raise VocabularyError(f"{place}: rank {rank} is not between 0 and {MAX_ID}")
         if rank in taken:
-            raise DataError(f"{place}: rank {rank} also stands in line {taken[rank]}")
+            raise VocabularyError(f"{place}: rank {rank} also stands in line {taken[rank]}")
         if not token or token in ranks:
-            raise DataError(f"{place}: an empty token, or one that is listed twice")
+            raise VocabularyError(f"{place}: an empty token, or one that is listed twice")
         if len(token) > _MAX_TOKEN_BYTES:
-            raise DataError(f"{place}: a token longer than {_MAX_TOKEN_BYTES} bytes")
+            raise VocabularyError(f"{place}: a token longer than {_MAX_TOKEN_BYTES} bytes")
         ranks[token] = rank
         taken[rank] = number
     return vocabulary_of_ranks(ranks, pattern, _specials_of(path, special_tokens, taken))
@@ -215,9 +215,9 @@ def _load_gpt2(
     try:
         lines = read(merges).decode("utf-8").replace("\r\n", "\n").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{merges}: byte {error.start}: not UTF-8") from None
+        raise VocabularyError(f"{merges}: byte {error.start}: not UTF-8") from None
     if not lines[0].startswith("#version"):
-        raise DataError(f"{merges}: line 1: expected #version and then the merges")
+        raise VocabularyError(f"{merges}: line 1: expected #version and then the merges")
     specials = None if special_tokens is None else dict(special_tokens)
     return hf_json.loads_gpt2(vocab, str(path), lines[1:], str(merges), pattern or "gpt2", specials)
 
@@ -237,18 +237,20 @@ def _gpt2_files(vocabulary: Vocabulary) -> tuple[bytes, bytes]:
 
 
 def read(path: Path) -> bytes:
-    """The file's bytes; raises DataError."""
+    """The file's bytes; raises VocabularyError."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot read the tokenizer ({error.strerror})") from None
+        raise VocabularyError(f"{path}: cannot read the tokenizer ({error.strerror})") from None
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write the file whole or not at all."""
+    """Write the file whole or not at all; raises UsageError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot write the tokenizer ({error.strerror})") from None
     finally:
         temporary.unlink(missing_ok=True)

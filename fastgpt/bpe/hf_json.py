@@ -49,6 +49,10 @@ _KNOWN_REGEX = {regex: name for name, regex in SPLIT_REGEX.items()} | {
 }
 
 
+class VocabularyError(DataError, ValueError):
+    """A file that is no vocabulary, or a damaged one; the message names the file and the place."""
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """Everything that decides which ids a text becomes.
@@ -148,8 +152,8 @@ class _Reader:
         self.file = file
         self.known = known  # a regular expression that the caller vouches for
 
-    def fail(self, place: str, problem: str) -> DataError:
-        return DataError(f"{self.file}: {place}: {problem}")
+    def fail(self, place: str, problem: str) -> VocabularyError:
+        return VocabularyError(f"{self.file}: {place}: {problem}")
 
     def typed(self, value: Any, kind: type, place: str) -> Any:
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -284,20 +288,22 @@ def _by_id(ids: dict[str, int]) -> tuple[bytes | None, ...]:
 
 
 def parse(data: bytes, file: str) -> Any:
-    """The JSON document in ``data``; raises DataError naming the file and the line or byte."""
+    """The JSON document in ``data``; raises VocabularyError naming the line or byte."""
     try:
         return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: byte {error.start}: not UTF-8; is it a tokenizer?") from None
+        raise VocabularyError(
+            f"{file}: byte {error.start}: not UTF-8; is it a tokenizer?"
+        ) from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
-        raise DataError(f"{file}: {where}: not JSON ({error.msg}); is it complete?") from None
+        raise VocabularyError(f"{file}: {where}: not JSON ({error.msg}); is it complete?") from None
     except (RecursionError, ValueError) as error:
-        raise DataError(f"{file}: not a sensible JSON document ({error})") from None
+        raise VocabularyError(f"{file}: not a sensible JSON document ({error})") from None
 
 
 def loads(document: Any, file: str, pattern: str | None = None) -> Vocabulary:
-    """The vocabulary in a parsed tokenizer.json; raises DataError naming the file and the place.
+    """The vocabulary in a parsed tokenizer.json; raises VocabularyError naming the place.
 
     pattern: a regular expression to accept besides the known ones. Nothing that a file says is
     run as one unless the caller knows it.

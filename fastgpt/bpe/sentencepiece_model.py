@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from fastgpt.bpe.hf_json import VocabularyError
 from fastgpt.bpe.text import split_specials
-from fastgpt.errors import DataError
 
 _SPACE = "▁"
 
@@ -32,7 +32,9 @@ class SentencePiece:
         try:
             self._processor.LoadFromSerializedProto(model)
         except (RuntimeError, OSError) as error:
-            raise DataError(f"{file}: not a sentencepiece model ({_one_line(error)})") from None
+            raise VocabularyError(
+                f"{file}: not a sentencepiece model ({_one_line(error)})"
+            ) from None
         processor = self._processor
         self.vocab_size: int = processor.GetPieceSize()
         ids = range(self.vocab_size)

@@ -119,6 +119,7 @@ def test_what_cannot_be_done_is_one_line(folder, tmp_path, monkeypatch):
         (("train", folder / "a.txt", "--vocab-size", 3), UsageError, "vocab_size 3 is not between"),
         (("train", folder / "a.txt", "--pattern", "gpt9"), UsageError, "unknown pattern 'gpt9'"),
         (("train", tmp_path / "no.txt"), DataError, r"no\.txt"),
+        (("train", tmp_path / "no.txt", "--out", tmp_path / "no" / "t"), UsageError, "--out.*no/t"),
         (("encode", folder / "a.txt", *tokenizer), UsageError, "--out is missing"),
         (("encode", "--out", "x.bin", *tokenizer), UsageError, "--out: name the files"),
         (("inspect", "--tokenizer", tmp_path / "no.json"), DataError, r"no\.json: cannot read"),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.bpe import hf_json
-from fastgpt.errors import DataError
+from fastgpt.errors import DataError, UsageError
 from fastgpt.tokenizer import Tokenizer
 
 
@@ -162,3 +162,5 @@ def test_saving_leaves_the_old_file_when_it_fails(tmp_path):
     assert path.read_text() == "old"
     small().save(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["tokenizer.json"]
+    with pytest.raises(UsageError, match=r"no/t\.json: cannot write the tokenizer"):
+        small().save(tmp_path / "no" / "t.json")
