@@ -212,11 +212,14 @@ def answer_log_probs(model: GPT, batch: Any) -> Tensor:
 
     from fastgpt_kernels import linear_log_probs
 
-    hidden_BTC = model(
-        batch["inputs_BT"], positions=batch["positions_BT"], doc_start=batch["doc_start_BT"]
+    hidden_NC = model(
+        batch["inputs_BT"],
+        positions=batch["positions_BT"],
+        doc_start=batch["doc_start_BT"],
+        places=batch["places_N"],
     )
     log_probs_N, _ = linear_log_probs(
-        hidden_BTC.flatten(0, 1).index_select(0, batch["places_N"]),
+        hidden_NC,
         model.head_weight,
         batch["ids_N"],
         softcap=model.config.logit_softcap,

@@ -1,7 +1,7 @@
 """One decoder-only transformer for GPT-2, GPT-3, LLaMA, PaLM and our own recipe.
 
 Shape suffixes: B sequences, T new tokens, S keys (cached and new), C n_embd, H query heads,
-K key/value heads, D width of a head, V vocabulary.
+K key/value heads, D width of a head, V vocabulary, N chosen places.
 
 Precision is explicit: parameters are float32, activations have ``GPT.compute_dtype``, and each
 `Linear` casts its weight on use. Norm statistics, softmax and losses are float32 inside the
@@ -11,7 +11,7 @@ kernels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +80,8 @@ class Context:
     rotary: Rotary | None
     doc_start_BT: Tensor | None
     cache: KVCache | None
+    places_N: Tensor | None = None
+    """Of the flattened (B, T): the only ones that a block is to go on with."""
 
 
 def rotate(x_BHTD: Tensor, angles: Rotary) -> Tensor:
@@ -106,7 +108,7 @@ class Attention(nn.Module):
         self.k_norm = Norm(config.attn_dim, config) if config.qk_norm else nn.Identity()
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """(B, T, C) -> (B, T, C), or (N, C) at the places of ``context``."""
         q, k, v = (
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for part in self.qkv(x_BTC).split(self.sizes, dim=-1)
@@ -116,10 +118,41 @@ class Attention(nn.Module):
             q, k = rotate(q, context.rotary), rotate(k, context.rotary)
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)
+        places_N = context.places_N
+        if places_N is not None and len(places_N) <= q.shape[2]:
+            out_NHD = attention_at(places_N, q, k, v, context.doc_start_BT, self.window)
+            return self.proj(out_NHD.flatten(1))
         out_BHTD = attention(
             q, k, v, causal=True, window=self.window, doc_start=context.doc_start_BT
         )
-        return self.proj(out_BHTD.transpose(1, 2).flatten(2))
+        return self.proj(_at(places_N, out_BHTD.transpose(1, 2).flatten(2)))
+
+
+def attention_at(
+    places_N: Tensor,
+    q_BHTD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    doc_start_BT: Tensor | None,
+    window: int | None,
+) -> Tensor:
+    """Rows ``places_N`` of the flattened (B, T) of causal self-attention, (N, H, D).
+
+    All rows are one sequence with a mask: N x BT scores, fewer than BT x T while N < T.
+    """
+    T, n_keys = q_BHTD.shape[2], q_BHTD.shape[0] * q_BHTD.shape[2]
+    begin_N = places_N // T * T
+    if doc_start_BT is not None:
+        begin_N = begin_N + doc_start_BT.flatten()[places_N]
+    if window is not None:
+        begin_N = torch.maximum(begin_N, places_N - window + 1)
+    keys_S = torch.arange(n_keys, device=places_N.device)
+    seen_NS = (keys_S >= begin_N[:, None]) & (keys_S <= places_N[:, None])
+    q, k, v = (x.transpose(0, 1).flatten(1, 2)[None] for x in (q_BHTD, k_BKTD, v_BKTD))
+    grouped = k.shape[1] != q.shape[1]
+    q = q.index_select(2, places_N)
+    out_1HND = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_NS, enable_gqa=grouped)
+    return out_1HND[0].transpose(0, 1)
 
 
 class MLP(nn.Module):
@@ -157,12 +190,18 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """(B, T, C) -> (B, T, C), or (N, C) at the places of ``context``."""
         h = self.attn_norm(x_BTC)
+        update = self.attn(h, context)
+        x, h = (_at(context.places_N, part) for part in (x_BTC, h))
         if self.mlp_norm is None:
-            return x_BTC + self.attn(h, context) + self.mlp(h)
-        x_BTC = x_BTC + self.attn(h, context)
-        return x_BTC + self.mlp(self.mlp_norm(x_BTC))
+            return x + update + self.mlp(h)
+        x = x + update
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def _at(places_N: Tensor | None, x_BTC: Tensor) -> Tensor:
+    return x_BTC if places_N is None else x_BTC.flatten(0, 1).index_select(0, places_N)
 
 
 class GPT(nn.Module):
@@ -211,6 +250,7 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         doc_start: Tensor | None = None,
         cache: KVCache | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states.
 
@@ -219,10 +259,16 @@ class GPT(nn.Module):
             positions: int64 (T) or (B, T), where each token stands in its text; None: 0 to T - 1.
             doc_start: int32 (B, T), the first position each token may attend to; None: 0.
             cache: appended to; the tokens then follow those in it.
+            places: int64 (N,), of the flattened (B, T), where alone a hidden state is wanted: the
+                last block computes little for the others. Not with a cache.
 
         Returns:
-            (B, T, C) in the compute dtype.
+            (B, T, C) or (N, C) in the compute dtype.
+
+        Raises ValueError for places with a cache.
         """
+        if places is not None and cache is not None:
+            raise ValueError("places are of tokens without a cache")
         B, T = tokens_BT.shape
         if positions is None:
             first = 0 if cache is None else cache.length
@@ -235,11 +281,13 @@ class GPT(nn.Module):
             x_BTC = x_BTC + self.wpe(positions)
         x_BTC = self.embed_norm(x_BTC.to(self.compute_dtype))
         context = Context(self.rotary(positions), doc_start, cache)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x_BTC = block(x_BTC, context)
+        x = last(x_BTC, replace(context, places_N=places))
         if cache is not None:
             cache.length += T
-        return self.norm(x_BTC)
+        return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> float32 (..., V)."""

@@ -75,13 +75,14 @@ def loss_fn(model: GPT, batch: Batch) -> Tensor:
     from fastgpt_kernels import linear_cross_entropy
 
     tensors = cast("dict[str, Tensor]", batch)
-    hidden_BTC = model(
+    hidden_NC = model(
         tensors["inputs_BT"],
         positions=tensors["positions_BT"],
         doc_start=tensors["doc_start_BT"],
+        places=tensors["places_N"],
     )
     return linear_cross_entropy(
-        hidden_BTC.flatten(0, 1).index_select(0, tensors["places_N"]),
+        hidden_NC,
         model.head_weight,
         tensors["targets_BT"],
         reduction="sum",

@@ -77,8 +77,8 @@ class RewardModel(nn.Module):
         doc_start: Tensor | None = None,
     ) -> Tensor:
         """Scores before normalisation at ``places_N`` of the flattened (B, T) tokens, (N,)."""
-        hidden_BTC = self.trunk(tokens_BT, positions=positions, doc_start=doc_start)
-        return self._project(hidden_BTC.flatten(0, 1).index_select(0, places_N))
+        hidden_NC = self.trunk(tokens_BT, positions=positions, doc_start=doc_start, places=places_N)
+        return self._project(hidden_NC)
 
     def scores(self, tokens_BT: Tensor, last_B: Tensor) -> Tensor:
         """Normalised score of each text.

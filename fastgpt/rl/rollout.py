@@ -160,9 +160,8 @@ def token_log_probs(
 
     The head sees the N places alone. Sampling and every scoring divide by one temperature.
     """
-    hidden_BTC = model(tokens_BT)
     return linear_log_probs(
-        hidden_BTC.flatten(0, 1).index_select(0, places_N),
+        model(tokens_BT, places=places_N),
         model.head_weight,
         targets_N,
         temperature=temperature,

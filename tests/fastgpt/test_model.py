@@ -258,6 +258,38 @@ def test_a_masked_document_equals_a_run_of_its_own(config):
     torch.testing.assert_close(model(ids, doc_start=starts), apart, atol=2e-5, rtol=1e-4)
 
 
+@families
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "places", [[5, 30, 45, 46, 62], list(range(3, 63, 2))], ids=["few", "many"]
+)
+def test_places_get_what_the_whole_pass_gives_them(places, packed, config):
+    """Hidden states and all gradients, whether the last block computes few or many of 3 x 21."""
+    model, ids = random_model(config), random_ids(config, 3, 21)
+    options = {}
+    if packed:
+        starts = torch.zeros(3, 21, dtype=torch.int32)
+        starts[0, 9:], starts[2, 1:], starts[2, 4:] = 9, 1, 4
+        positions = torch.arange(21) - starts
+        options = {"doc_start": starts, "positions": positions.long()}
+    at = torch.tensor(places)
+    whole = model(ids, **options).flatten(0, 1)[at]
+    grad = torch.randn_like(whole)
+    expected = torch.autograd.grad(whole, list(model.parameters()), grad, allow_unused=True)
+    found = model(ids, places=at, **options)
+    torch.testing.assert_close(found, whole, atol=2e-5, rtol=1e-5)
+    gradients = torch.autograd.grad(found, list(model.parameters()), grad, allow_unused=True)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_places_are_refused_with_a_cache():
+    model = random_model(GPT2)
+    cache = KVCache(model, 1, 4, torch.zeros(1, dtype=torch.long))
+    with pytest.raises(ValueError, match="without a cache"):
+        model(random_ids(GPT2, 1, 2), cache=cache, places=torch.tensor([1]))
+
+
 def test_every_second_layer_sees_only_its_window():
     model = random_model(GPT3)
     x = torch.randn(1, 12, 32)

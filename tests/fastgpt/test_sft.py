@@ -59,10 +59,10 @@ def test_the_loss_is_the_sum_over_what_the_assistant_says(shape, tokenizer, seed
         logits = model.logits(model(torch.tensor([ids[:40]])))[0].double()
         for i in range(1, min(len(ids), 41)):
             if mask[i]:
-                expected -= float(logits[i - 1].log_softmax(-1)[ids[i]])
+                expected -= logits[i - 1].log_softmax(-1)[ids[i]].item()
                 targets += 1
     assert int((batch["targets_BT"] != -100).sum()) == targets == packed.targets
-    assert float(loss_fn(model, batch)) == pytest.approx(expected, rel=1e-5)
+    assert loss_fn(model, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_gradients_of_a_step_do_not_depend_on_micro_batches(tokenizer, seeded, uncompiled):
