@@ -340,6 +340,9 @@ def aot_cases() -> list[AotCase]:
         (128, 1, torch.float32, plain),
         (80, 1, torch.float16, plain),
         (256, 4, torch.float32, plain),
+        (32, 1, torch.float32, plain),
+        (40, 1, torch.float32, plain),
+        (80, 1, torch.float32, plain),
     ]
     return [case for variant in variants for case in aot_kernels(*variant)]
 
