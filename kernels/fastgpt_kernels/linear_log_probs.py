@@ -6,12 +6,11 @@ With x = softcap(hidden @ weight^T + bias) / temperature, p = softmax(x) and id 
     d log_prob / d x_v = [v = id] - p_v          d entropy / d x_v = -p_v (log p_v + entropy)
 
 Both functions go over the rows a chunk at a time: one GEMM makes a chunk's logits, one kernel turns
-them into two results and two statistics a row. The backward makes the logits again (on a CPU it
-keeps those of a single chunk), turns them in
-place into d by the statistics, and two GEMMs make ``dhidden = d @ weight`` and
-``dweight += d^T @ hidden`` (accumulated in float32). Peak memory beyond inputs and gradients is one
-chunk, whatever the number of rows. The gradients cannot be made in the forward, as
-``linear_cross_entropy`` does: each row has its own gradient, for both results.
+them into two results and two statistics a row. The backward makes the logits again (on a CPU those
+of a single chunk are kept), overwrites them by their own gradient ``dlogits``, and two GEMMs make
+``dhidden = dlogits @ weight`` and ``dweight += dlogits^T @ hidden`` (in float32). Peak memory
+beyond inputs and gradients is one chunk, whatever the number of rows. The gradients cannot be made
+in the forward, as ``linear_cross_entropy`` does: each row has its own gradient, for both results.
 
 Shapes: hidden (N, D), weight (V, D), bias (V,), ids (N,).
 """
