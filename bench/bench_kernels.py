@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ pytest.importorskip("pytest_benchmark", reason="pip install -e .[bench]")
 
 from bench import kernel_cases
 from bench.kernel_cases import DTYPE, GPU, Case, Function
+from bench.processor import processor
 
 CASES = kernel_cases.all_cases()
 
@@ -208,7 +208,7 @@ def stamp() -> dict[str, Any]:
         ["git", "rev-parse", "--short", "HEAD"],
         capture_output=True, text=True, cwd=RESULTS.parent,
     )  # fmt: skip
-    device: dict[str, Any] = {"device": "cpu", "machine": platform.machine()}
+    device: dict[str, Any] = {"device": "cpu", "machine": processor()}
     if GPU:
         driver = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],

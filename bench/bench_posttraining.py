@@ -32,7 +32,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -43,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import posttraining_workload as work
+from processor import processor
 
 PEERS = {
     **dict.fromkeys(("sft", "reward", "ppo", "grpo"), ("trl", "trl-fp32", "trl-bf16")),
@@ -413,7 +413,7 @@ def main() -> None:
 
     results: dict[str, Any] = {
         "machine": {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },

@@ -32,7 +32,9 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+from processor import processor  # noqa: E402
 
 from fastgpt.bpe import hf_json  # noqa: E402
 from fastgpt.tokenizer import Tokenizer  # noqa: E402
@@ -253,23 +255,6 @@ def gpt2_json(ranks: Path, directory: Path) -> Path:
     return path
 
 
-VECTORS = ("avx2", "bmi2", "avx512bw", "asimd")  # what the scanners of csrc are written for
-
-
-def machine() -> str:
-    """The processor with those of its features that decide which scanner runs, and the cores."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="ascii", errors="replace") if info.exists() else ""
-    pairs = (line.partition(":") for line in text.splitlines())
-    fields = {name.strip(): value.strip() for name, _, value in pairs}
-    model = fields.get("model name", platform.machine())
-    if family := fields.get("cpu family"):  # cloud machines often name the maker only
-        model += f" family {family}"
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    vectors = " ".join(feature for feature in VECTORS if feature in flags)
-    return f"{model} ({vectors or 'features unknown'}), {os.cpu_count()} cores"
-
-
 def versions(python: str) -> dict[str, str]:
     """The peers that this Python has."""
     names = sorted({*ENCODERS, *TRAINERS} - {"fastgpt"})
@@ -371,7 +356,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         found = table(options, Path(directory))
     header = {
-        "machine": machine(),
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "peers": versions(options.peer_python),
         "text_mb": options.mb,

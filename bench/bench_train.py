@@ -22,13 +22,14 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from processor import processor
 
 SHAPE = {"n_layer": 6, "n_head": 6, "n_embd": 384}
 T, B = 256, 16
@@ -256,7 +257,7 @@ def main() -> None:
 
     results = {
         "machine": {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
             "cores": os.cpu_count(),
         },
         "torch": torch.__version__,

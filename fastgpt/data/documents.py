@@ -27,7 +27,7 @@ from fastgpt.errors import DataError, UsageError
 
 SEPARATOR = b"<|endoftext|>"
 MAX_LINE_BYTES = 256 << 20
-PIECE_BYTES = 16 << 20  # a longer document comes in pieces of about this size
+PIECE_BYTES = 4 << 20  # a longer document comes in pieces of about this size
 SUFFIXES = (".txt", ".txt.gz", ".txt.xz", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 
 _BLOCK_BYTES = 1 << 18
