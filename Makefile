@@ -32,7 +32,7 @@ check: .venv/dev  ## lint, format, types, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/codespell
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/attend/*
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/attend/* tests/csrc/*.cpp tests/csrc/*.h
 
 .venv/%: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

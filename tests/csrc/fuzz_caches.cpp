@@ -1,14 +1,12 @@
 // The caches of pieces filled until they grow, replace and forget; for sanitizer builds.
 // Usage: fuzz_caches SEED SECONDS. Prints the number of rounds; aborts on the first difference.
 #include <algorithm>
-#include <chrono>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 #include <string>
 #include <vector>
 
+#include "fuzzing.h"
 #include "hash.h"
 #include "long_cache.h"
 #include "short_cache.h"
@@ -18,16 +16,6 @@ using namespace fastgpt;
 namespace {
 
 using Ids = std::vector<std::uint32_t>;
-
-std::mt19937_64 rng;
-
-std::size_t below(std::size_t n) { return static_cast<std::size_t>(rng() % n); }
-
-void require(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "failed: %s\n", what);
-  std::abort();
-}
 
 const std::uint8_t* bytes_of(const std::string& text) {
   return reinterpret_cast<const std::uint8_t*>(text.data());
@@ -125,16 +113,10 @@ void check_long_cache(std::uint64_t pieces) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 3) return 2;
-  rng.seed(std::strtoull(argv[1], nullptr, 10));
-  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(std::atoi(argv[2]));
   check_short_cache(1'600'000);
   check_long_cache(400'000);
-  long rounds = 0;
-  for (; rounds < 12 || std::chrono::steady_clock::now() < end; ++rounds) {
+  return fuzz(argc, argv, 12, [] {
     check_short_cache(below(20'000));
     check_long_cache(below(5'000));
-  }
-  std::printf("%ld rounds\n", rounds);
-  return 0;
+  });
 }

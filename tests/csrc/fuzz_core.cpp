@@ -1,16 +1,14 @@
 // Random training, encoding and decoding against naive implementations; for sanitizer builds.
 // Usage: fuzz_core SEED SECONDS. Prints the number of rounds; aborts on the first difference.
 #include <algorithm>
-#include <chrono>
-#include <cstdio>
 #include <cstdlib>
 #include <map>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "encoder.h"
+#include "fuzzing.h"
 #include "piece_finder.h"
 #include "trainer.h"
 #include "utf8.h"
@@ -18,16 +16,6 @@
 using namespace fastgpt;
 
 namespace {
-
-std::mt19937_64 rng;
-
-std::size_t below(std::size_t n) { return static_cast<std::size_t>(rng() % n); }
-
-void require(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "failed: %s\n", what);
-  std::abort();
-}
 
 std::string random_bytes(std::size_t most) {
   static const char* const kParts[] = {
@@ -287,7 +275,7 @@ void check_utf8() {
   if (valid) require(std::string(out.data(), out.size()) == wanted, "UTF-8");
 }
 
-void round() {
+void one_round() {
   for (int i = 0; i < 20; ++i) {
     check_utf8<std::uint8_t>();
     check_utf8<std::uint16_t>();
@@ -312,12 +300,4 @@ void round() {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  if (argc != 3) return 2;
-  rng.seed(std::strtoull(argv[1], nullptr, 10));
-  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(std::atoi(argv[2]));
-  long rounds = 0;
-  for (; std::chrono::steady_clock::now() < end; ++rounds) round();
-  std::printf("%ld rounds\n", rounds);
-  return 0;
-}
+int main(int argc, char** argv) { return fuzz(argc, argv, 1, one_round); }

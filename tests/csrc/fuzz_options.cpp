@@ -2,15 +2,13 @@
 // implementations; for sanitizer builds. Usage: fuzz_options SEED SECONDS. Prints the number of
 // rounds; aborts on the first difference.
 #include <algorithm>
-#include <chrono>
-#include <cstdio>
 #include <cstdlib>
 #include <map>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "fuzzing.h"
 #include "rank_merges.h"
 #include "span_encoder.h"
 #include "trainer.h"
@@ -20,16 +18,6 @@ using namespace fastgpt;
 namespace {
 
 using Ids = std::vector<std::uint32_t>;
-
-std::mt19937_64 rng;
-
-std::size_t below(std::size_t n) { return static_cast<std::size_t>(rng() % n); }
-
-void require(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "failed: %s\n", what);
-  std::abort();
-}
 
 std::string random_bytes(std::size_t most) {
   std::string text(below(most + 1), 'a');
@@ -116,7 +104,8 @@ std::vector<IdPair> check_training() {
     const std::size_t ids = 256 + options.first.size();
     const auto any = [&] {
       const std::size_t id = below(3) && ids > 256 ? 256 + below(ids - 256) : below(ids);
-      return static_cast<std::uint32_t>(below(2) ? gpt2_byte_ids()["abc"[below(3)]] : id);
+      return static_cast<std::uint32_t>(
+          below(2) ? gpt2_byte_ids()[static_cast<std::size_t>("abc"[below(3)])] : id);
     };
     const IdPair pair = {any(), any()};
     if (std::find(options.first.begin(), options.first.end(), pair) == options.first.end()) {
@@ -216,15 +205,9 @@ void check_ranks(const Vocabulary& vocabulary) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 3) return 2;
-  rng.seed(std::strtoull(argv[1], nullptr, 10));
-  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(std::atoi(argv[2]));
-  long rounds = 0;
-  for (; std::chrono::steady_clock::now() < end; ++rounds) {
+  return fuzz(argc, argv, 1, [] {
     const Vocabulary vocabulary = make_vocabulary(check_training());
     check_spans(vocabulary);
     check_ranks(vocabulary);
-  }
-  std::printf("%ld rounds\n", rounds);
-  return 0;
+  });
 }

@@ -2,16 +2,14 @@
 // threads. Usage: fuzz_threads SEED SECONDS. Prints the number of rounds; aborts on the first
 // difference.
 #include <atomic>
-#include <chrono>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "batch_encoder.h"
 #include "encoder.h"
+#include "fuzzing.h"
 #include "parallel.h"
 #include "piece_finder.h"
 #include "span_encoder.h"
@@ -24,16 +22,6 @@ namespace {
 using Ids = std::vector<std::uint32_t>;
 
 constexpr int kThreads = 4;
-
-std::mt19937_64 rng;
-
-std::size_t below(std::size_t n) { return static_cast<std::size_t>(rng() % n); }
-
-void require(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "failed: %s\n", what);
-  std::abort();
-}
 
 std::string random_text(std::size_t length) {
   static const char* const kParts[] = {" the",     " of",          "ing", "\n", " ",  "7",  "!",
@@ -156,7 +144,7 @@ void check_errors() {
   }
 }
 
-void round() {
+void one_round() {
   const auto pattern = static_cast<Pattern>(below(4));
   std::vector<std::string> texts(8 + below(40));
   for (auto& text : texts) text = random_text(1 + below(3000));
@@ -168,12 +156,4 @@ void round() {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  if (argc != 3) return 2;
-  rng.seed(std::strtoull(argv[1], nullptr, 10));
-  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(std::atoi(argv[2]));
-  long rounds = 0;
-  for (; rounds < 12 || std::chrono::steady_clock::now() < end; ++rounds) round();
-  std::printf("%ld rounds\n", rounds);
-  return 0;
-}
+int main(int argc, char** argv) { return fuzz(argc, argv, 12, one_round); }
