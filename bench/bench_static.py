@@ -29,16 +29,11 @@ def test_static(benchmark, arch, monkeypatch, tmp_path):
 
 
 def test_attention_estimate():
-    """Bounds, not measurements: no worse than the best tile of Triton's tutorial.
-
-    One is: D = 128 on sm_100, whose loop issues 1,062 instructions a scheduler, the tutorial's 996.
-    """
-    slack = {("sm_100", 128): 0.022}
+    """Bounds, not measurements: no worse than the best tile of Triton's tutorial."""
     for arch in attention_estimate.RATES:
         print("\n" + "\n".join(attention_estimate.table(arch)))
         for case in attention_estimate.forward_cases(arch):
             found = attention_estimate.estimate(case, arch)
-            key = arch, case.constexprs["HEAD_DIM"]
-            serial, overlapped = attention_estimate.TUTORIAL[key]
+            serial, overlapped = attention_estimate.TUTORIAL[arch, case.constexprs["HEAD_DIM"]]
             assert found.serial >= serial - 0.006
-            assert found.overlapped >= overlapped - slack.get(key, 0.005)
+            assert found.overlapped >= overlapped - 0.005

@@ -33,6 +33,8 @@ from fastgpt_kernels._attention_blocks import (
     key_block,
     key_plan,
     load_tile,
+    multiply,
+    multiply_subtract,
     query_block,
     query_plan,
     tanh,
@@ -48,6 +50,7 @@ def fwd_loop(
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, MASK_COLS: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     PIPELINED: tl.constexpr = True,  # pyright: ignore[reportArgumentType]
+    PAIRWISE: tl.constexpr = False,  # pyright: ignore[reportArgumentType]
 ):  # fmt: skip
     """Online softmax over n_blocks key blocks; after n_head of them jump ``skip`` keys ahead."""
     for i in tl.range(0, n_blocks, num_stages=None if PIPELINED else 1):
@@ -68,12 +71,13 @@ def fwd_loop(
         shift = new_peak
         if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
             shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        p = tl.exp2(x * score_log2 - shift[:, None])
+        p = tl.exp2(multiply_subtract(x, score_log2, shift[:, None], PAIRWISE))
         rescale = tl.exp2(peak - shift)
         total = total * rescale + tl.sum(p, 1)
         v_pointers = v_tile + start.to(tl.int64) * stride_vs
         v = load_tile(v_pointers, keys < S, col_ok, MASKED, MASK_COLS)
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        acc = multiply(acc, rescale[:, None], PAIRWISE)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         peak = new_peak
     return acc, total, peak
 
@@ -89,6 +93,7 @@ def fwd_kernel(
     DOCS: tl.constexpr, VARLEN: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MASKED_LAST: tl.constexpr = False,  # pyright: ignore[reportArgumentType]
+    PAIRWISE: tl.constexpr = False,  # pyright: ignore[reportArgumentType]
 ):  # fmt: skip
     """One block of queries of one head: out (B, T, H, D) and lse (B, H, T)."""
     start_m, head, at_q, at_k, row, stats, T, S = query_block(
@@ -124,7 +129,7 @@ def fwd_kernel(
             acc, total, peak, q, k_tile, v_tile, stride_ks, stride_vs, lo, hi, col_ok, S,
             first if masked else full, n_head, n_full * BLOCK_N, n_edge if masked else n_full,
             score_in, score_log2, masked, SOFTCAP, MASK_COLS, BLOCK_N, PRECISION,
-            not (masked and MASKED_LAST),
+            not (masked and MASKED_LAST), PAIRWISE,
         )  # fmt: skip
 
     empty = total == 0.0
