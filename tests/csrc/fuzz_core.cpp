@@ -123,17 +123,7 @@ Ids encode_naively(Pattern pattern, const std::vector<Merge>& merges, const std:
 }
 
 Vocabulary make_vocabulary(Pattern pattern, const std::vector<IdPair>& pairs) {
-  Vocabulary vocabulary;
-  vocabulary.pattern = pattern;
-  vocabulary.tokens.resize(256);
-  for (int byte = 0; byte < 256; ++byte) {
-    vocabulary.tokens[gpt2_byte_ids()[byte]] = std::string(1, static_cast<char>(byte));
-  }
-  for (const auto& [left, right] : pairs) {
-    vocabulary.merges.push_back(
-        {left, right, static_cast<std::uint32_t>(vocabulary.tokens.size())});
-    vocabulary.tokens.push_back(vocabulary.tokens[left] + vocabulary.tokens[right]);
-  }
+  Vocabulary vocabulary = trained_vocabulary(pairs, pattern);
   const auto next = static_cast<std::uint32_t>(vocabulary.tokens.size());
   vocabulary.specials = {{"<s>", next}, {"<s><s>", next + 1}, {"a", next + 5}};
   vocabulary.whole_pieces = below(2) == 0;

@@ -117,21 +117,6 @@ std::vector<IdPair> check_training() {
   return pairs;
 }
 
-Vocabulary make_vocabulary(const std::vector<IdPair>& pairs) {
-  Vocabulary vocabulary;
-  vocabulary.pattern = Pattern::kGpt2;
-  vocabulary.tokens.resize(256);
-  for (int byte = 0; byte < 256; ++byte) {
-    vocabulary.tokens[gpt2_byte_ids()[byte]] = std::string(1, static_cast<char>(byte));
-  }
-  for (const auto& [left, right] : pairs) {
-    vocabulary.merges.push_back(
-        {left, right, static_cast<std::uint32_t>(vocabulary.tokens.size())});
-    vocabulary.tokens.push_back(vocabulary.tokens[left] + vocabulary.tokens[right]);
-  }
-  return vocabulary;
-}
-
 Ids encode_naively(const Vocabulary& vocabulary, std::string_view piece, Dropout& dropout) {
   Ids ids = bytes_as_ids(piece);
   while (true) {
@@ -206,7 +191,7 @@ void check_ranks(const Vocabulary& vocabulary) {
 
 int main(int argc, char** argv) {
   return fuzz(argc, argv, 1, [] {
-    const Vocabulary vocabulary = make_vocabulary(check_training());
+    const Vocabulary vocabulary = trained_vocabulary(check_training(), Pattern::kGpt2);
     check_spans(vocabulary);
     check_ranks(vocabulary);
   });

@@ -46,21 +46,6 @@ std::vector<IdPair> train(const std::vector<std::string>& texts, Pattern pattern
   return pairs;
 }
 
-Vocabulary make_vocabulary(const std::vector<IdPair>& pairs, Pattern pattern) {
-  Vocabulary vocabulary;
-  vocabulary.pattern = pattern;
-  vocabulary.tokens.resize(256);
-  for (int byte = 0; byte < 256; ++byte) {
-    vocabulary.tokens[gpt2_byte_ids()[byte]] = std::string(1, static_cast<char>(byte));
-  }
-  for (const auto& [left, right] : pairs) {
-    vocabulary.merges.push_back(
-        {left, right, static_cast<std::uint32_t>(vocabulary.tokens.size())});
-    vocabulary.tokens.push_back(vocabulary.tokens[left] + vocabulary.tokens[right]);
-  }
-  return vocabulary;
-}
-
 Ids encode(const Encoder& encoder, std::string_view text) {
   TokenBuffer ids;
   encoder.encode(text, *encoder.acquire(), ids);
@@ -148,7 +133,7 @@ void one_round() {
   const auto pattern = static_cast<Pattern>(below(4));
   std::vector<std::string> texts(8 + below(40));
   for (auto& text : texts) text = random_text(1 + below(3000));
-  const Encoder encoder(make_vocabulary(train(texts, pattern), pattern));
+  const Encoder encoder(trained_vocabulary(train(texts, pattern), pattern));
   check_batches(encoder, texts);
   check_sharing(encoder, texts);
   check_errors();

@@ -6,6 +6,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <string>
+#include <vector>
+
+#include "encoder.h"
+#include "trainer.h"
 
 inline std::mt19937_64 rng;
 
@@ -15,6 +20,23 @@ inline void require(bool condition, const char* what) {
   if (condition) return;
   std::fprintf(stderr, "failed: %s\n", what);
   std::abort();
+}
+
+// What training makes of these pairs: the bytes first, then a token for each merge.
+inline fastgpt::Vocabulary trained_vocabulary(const std::vector<fastgpt::IdPair>& pairs,
+                                              fastgpt::Pattern pattern) {
+  fastgpt::Vocabulary vocabulary;
+  vocabulary.pattern = pattern;
+  vocabulary.tokens.resize(256);
+  for (int byte = 0; byte < 256; ++byte) {
+    vocabulary.tokens[fastgpt::gpt2_byte_ids()[byte]] = std::string(1, static_cast<char>(byte));
+  }
+  for (const auto& [left, right] : pairs) {
+    vocabulary.merges.push_back(
+        {left, right, static_cast<std::uint32_t>(vocabulary.tokens.size())});
+    vocabulary.tokens.push_back(vocabulary.tokens[left] + vocabulary.tokens[right]);
+  }
+  return vocabulary;
 }
 
 // main() of a program with the arguments SEED SECONDS: rounds until the time is over, at least so
