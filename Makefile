@@ -17,7 +17,7 @@ test: .venv/test  ## the whole test suite
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpret $(ARGS)
 	$(BIN)/python -m pytest $(ARGS)
 
-full: .venv/test  ## with the long matrices, soak and fuzz runs
+full: .venv/full  ## with the long matrices, soak and fuzz runs
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpret -m 'not acceptance' $(ARGS)
 	$(BIN)/python -m pytest -m 'not acceptance' $(ARGS)
 
@@ -40,6 +40,7 @@ check: .venv/dev  ## lint, format, types, spelling
 	touch $@
 
 .venv/test: EXTRAS := [test]
+.venv/full: EXTRAS := [test,harness]
 .venv/bench: EXTRAS := [test,bench]
 .venv/dev: EXTRAS := [test,bench,dev]
 

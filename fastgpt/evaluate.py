@@ -57,7 +57,10 @@ class EvaluateConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     debug: bool = False
     """Show the traceback of an error."""
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.7))
+    sampling: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig(max_new_tokens=256, temperature=0.7)
+    )
+    """Of answers to ``prompts``; those to questions of a benchmark are greedy, as long at most."""
 
     def check(self) -> None:
         """Raise UsageError for a combination that evaluates nothing."""
@@ -128,8 +131,9 @@ def _measure(config: EvaluateConfig, path: Path, tasks: Sequence[Any]) -> dict[s
     chat = _is_chat(config, tokenizer)
     for task in tasks:
         values[task.name] = evaluate_task(
-            model, tokenizer, task, few_shot=config.few_shot, limit=config.limit, chat=chat
-        )
+            model, tokenizer, task, few_shot=config.few_shot, limit=config.limit, chat=chat,
+            max_new_tokens=config.sampling.max_new_tokens,
+        )  # fmt: skip
     return values
 
 

@@ -101,7 +101,7 @@ def commands(
     judges = [runs["reward"], *config.judge]
     result["evaluate"] = [
         *("--run", *models, "--prompts", held_out, "--judge", *judges),
-        *("--out", config.out / "evaluation"),
+        *("--max-new-tokens", "128", "--out", config.out / "evaluation"),
     ]
     return result
 

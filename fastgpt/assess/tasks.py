@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class Example:
     choices: tuple[str, ...] = ()
     question: bool = True
     last_word: bool = False
+    place: str = ""
+    """File and line, for messages."""
 
     @property
     def answer_text(self) -> str:
@@ -71,8 +73,9 @@ def read_task(path: Path) -> Task:
     """Read a benchmark. Raises DataError with file and line, also when kinds are mixed."""
     examples = []
     for record in read_records([path]):
-        examples.append(_example(record))
-        if (bool(examples[-1].choices), examples[-1].last_word) != (
+        example = replace(_example(record), place=f"{record.source}:{record.line}")
+        examples.append(example)
+        if (bool(example.choices), example.last_word) != (
             bool(examples[0].choices),
             examples[0].last_word,
         ):
@@ -153,7 +156,8 @@ def evaluate_task(
         ``ppl`` (a word); for exact match, ``acc``. ``se`` is the standard error of ``acc``.
 
     Raises:
-        DataError: no example is left to ask behind the demonstrations.
+        DataError: no example is left to ask behind the demonstrations, or an answer has no token
+            or too many to be scored.
     """
     shown, asked = task.examples[:few_shot], task.examples[few_shot:]
     asked = asked[:limit] if limit else asked
@@ -173,7 +177,7 @@ def _choices(
     model: GPT, tokenizer: Tokenizer, shown: list[Example], asked: list[Example], chat: bool
 ) -> dict[str, float]:
     pairs = [
-        _ask(tokenizer, shown, example, choice, chat)
+        _fitting(model, example, _ask(tokenizer, shown, example, choice, chat))
         for example in asked
         for choice in example.choices
     ]
@@ -190,7 +194,10 @@ def _choices(
 def _last_words(
     model: GPT, tokenizer: Tokenizer, shown: list[Example], asked: list[Example]
 ) -> dict[str, float]:
-    pairs = [_ask(tokenizer, shown, example, example.answer_text, False) for example in asked]
+    pairs = [
+        _fitting(model, example, _ask(tokenizer, shown, example, example.answer_text, False))
+        for example in asked
+    ]
     scores = list(score(model, pairs))
     return {
         "acc": sum(greedy for _, greedy in scores) / len(scores),
@@ -210,7 +217,7 @@ def _written(
     if chat:
         stop.append(tokenizer.special_tokens["<|end|>"])
     sampling = SamplingConfig(max_new_tokens=max_new_tokens, temperature=0.0)
-    room = model.config.context - max_new_tokens
+    room = model.config.context - min(max_new_tokens, model.config.context // 2)
     right, batch = 0, 32
     for first in range(0, len(asked), batch):
         part = asked[first : first + batch]
@@ -252,6 +259,17 @@ def _ask(
     return ids, tokenizer.encode(f" {answer}") if answer else []
 
 
+def _fitting(model: GPT, example: Example, pair: Pair) -> Pair:
+    n, most = len(pair[1]), model.config.context - 1
+    if not 0 < n <= most:
+        where = f"{example.place}: " if example.place else ""
+        raise DataError(
+            f"{where}an answer of {n} tokens, and the model can score 1 to {most};"
+            " shorten it or remove the line"
+        )
+    return pair
+
+
 def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
@@ -264,16 +282,11 @@ def _plain(example: Example) -> str:
 def score(model: GPT, pairs: Sequence[Pair]) -> Iterator[tuple[float, bool]]:
     """Log-probability of what follows each context, and whether greedy decoding would say it.
 
-    Contexts too long for the model lose their beginning. Rows are batched by length.
-
-    Raises:
-        DataError: a continuation without a token, or one that alone fills the model's context.
+    Contexts too long for the model lose their beginning; what follows must have a token and fewer
+    than the model's context. Rows are batched by length.
     """
-    rows = []
-    for context, following in pairs:
-        if not 0 < len(following) < model.config.context:
-            raise DataError(f"an answer of {len(following)} tokens cannot be scored")
-        rows.append(([*context, *following][-model.config.context - 1 :], len(following)))
+    longest = model.config.context + 1
+    rows = [([*context, *following][-longest:], len(following)) for context, following in pairs]
     results: dict[int, tuple[float, bool]] = {}
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     while order:

@@ -70,9 +70,20 @@ def test_a_context_too_long_loses_its_beginning(model):
     assert found[0] == pytest.approx(float(log_probs[-2, 3] + log_probs[-1, 4]), abs=1e-4)
 
 
-def test_an_answer_without_tokens_is_refused(model):
-    with pytest.raises(DataError, match="0 tokens"):
-        list(score(model, [([1], [])]))
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "the cat", "choices": ["sat", "sat on " * 300], "answer": 0},
+        {"text": "the " + "dogsat" * 300},
+    ],
+)
+def test_an_answer_that_fills_the_context_is_named(model, tokenizer, record, tmp_path):
+    path = tmp_path / "t.jsonl"
+    short = {"text": "the cat"} if "text" in record else {**record, "choices": ["a", "b"]}
+    path.write_text(json.dumps(short) + "\n" + json.dumps(record))
+    message = r"t\.jsonl:2: an answer of \d+ tokens, .* 1 to 63; shorten it"
+    with pytest.raises(DataError, match=message):
+        evaluate_task(model, tokenizer, read_task(path))
 
 
 PUBLISHED = {
@@ -214,6 +225,22 @@ def test_written_answers_are_compared(model, tokenizer, monkeypatch):
     examples = [Example("a", "#### 4"), Example("b", "4"), Example("c", "Seven.")]
     found = evaluate_task(model, tokenizer, Task("t", examples), max_new_tokens=8)
     assert found["acc"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("max_new_tokens", [8, 64, 1000])
+def test_a_long_question_keeps_its_end_and_room_for_an_answer(
+    model, tokenizer, monkeypatch, max_new_tokens
+):
+    def generate(model, prompts, sampling, *, stop_ids):
+        ((*prompt,),) = prompts
+        assert len(prompt) == 64 - min(max_new_tokens, 32)
+        assert tokenizer.decode(prompt).endswith("the dog did not\nAnswer:")
+        assert sampling.max_new_tokens == max_new_tokens
+        return [tokenizer.encode("4")]
+
+    monkeypatch.setattr("fastgpt.assess.tasks.generate", generate)
+    task = Task("t", [Example("the cat sat on " * 40 + "the dog did not", "4")])
+    assert evaluate_task(model, tokenizer, task, max_new_tokens=max_new_tokens)["acc"] == 1
 
 
 def test_no_example_left_to_ask(model, tokenizer):
