@@ -73,8 +73,6 @@ def dpo(config: DPOConfig, world: World) -> None:
     with preparing(config, world, "dpo") as (run, checkpoint):
         config, model, tokenizer = _start(config, run, world, checkpoint)
         config, data = prepare(config, tokenizer, world)
-        if world.rank == 0:
-            save_config(config, run)
     stage = Stage(
         model, world, data.prompts, config.beta, config.label_smoothing, data.train, data.val
     )
@@ -94,6 +92,7 @@ def dpo(config: DPOConfig, world: World) -> None:
         metrics=stage.metrics,
         stage_state=stage,
         counted="prompts",
+        began=lambda: save_config(config, run),
     )
     if world.rank == 0:
         finish(config, run, stage, tokenizer, result.evaluation)

@@ -84,13 +84,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def ppo(config: PPOConfig, world: World) -> None:
     """Prepare models and prompts, sample and update, evaluate, report."""
     from fastgpt.rl.experience import Experience
-    from fastgpt.run import preparing
+    from fastgpt.run import preparing, save_config
     from fastgpt.rundir import MetricsLog
     from fastgpt.trainer import train
 
     with preparing(config, world, config.rl.algorithm) as (run, checkpoint):
         config, model, reference, tokenizer = _start(config, run, world)
-        config, problem, scorer = _prepare(config, model, reference, tokenizer, run, world)
+        config, problem, scorer = _prepare(config, model, reference, tokenizer, world)
     experience = Experience(config.rl, problem, world)
     after_step = -1 if checkpoint is None else checkpoint.state["train"]["step"]
     with contextlib.ExitStack() as stack:
@@ -116,6 +116,7 @@ def ppo(config: PPOConfig, world: World) -> None:
             stop_at=config.stop_at,
             metrics=experience.metrics,
             stage_state=experience,
+            began=lambda: save_config(config, run),
         )
     if world.rank == 0:
         finish(config, run, result.evaluation)
@@ -163,7 +164,6 @@ def _prepare(
     model: ActorCritic,
     reference: GPT,
     tokenizer: Tokenizer,
-    run: RunDir,
     world: World,
 ) -> tuple[PPOConfig, Problem, _Scorer]:
     """Prompts and scores, and the configuration with what they decide."""
@@ -173,7 +173,6 @@ def _prepare(
     from fastgpt.data.examples import embedded, read_prompts
     from fastgpt.data.order import permute
     from fastgpt.rl.experience import Problem
-    from fastgpt.run import save_config
 
     settings, rl = config.train, config.rl
     _check_ranks(rl, world.size)
@@ -203,7 +202,6 @@ def _prepare(
         {"--init": config.init, "--reward": config.reward},
     )
     if world.rank == 0:
-        save_config(config, run)
         print(
             f"{len(learned)} prompts, {held} held out; {steps} steps, a rollout of {rl.rollout} "
             f"responses every {rl.epochs * rl.minibatches}"

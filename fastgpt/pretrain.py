@@ -46,7 +46,7 @@ def pretrain(config: PretrainConfig, world: World) -> None:
     from fastgpt.hardware import compute_dtype
     from fastgpt.loss import next_token_loss
     from fastgpt.model import GPT
-    from fastgpt.run import preparing
+    from fastgpt.run import preparing, save_config
     from fastgpt.trainer import train
 
     with preparing(config, world, f"pretrain-{config.preset}") as (run, checkpoint):
@@ -83,6 +83,7 @@ def pretrain(config: PretrainConfig, world: World) -> None:
         evaluate=evaluate,
         resume=checkpoint,
         stop_at=config.stop_at,
+        began=lambda: save_config(config, run),
     )
     if world.rank == 0:
         finish(config, run, model, tokenizer, val_set, result.evaluation)
@@ -93,15 +94,13 @@ def _prepare(
 ) -> tuple[PretrainConfig, Tokenizer, PackedDataset, PackedDataset]:
     """Tokenizer, training and validation set, and the configuration with what they decided."""
     from fastgpt.data.batches import PackedDataset, check_batches, open_shard
-    from fastgpt.run import prepare_data, save_config
+    from fastgpt.run import prepare_data
 
     settings = config.train
     tokenizer, data = prepare_data(config.data, config.model.vocab_size, settings.seed, run, world)
     # A small text, or a tokenizer from a file, has a vocabulary of its own size.
     model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     config = dataclasses.replace(config, model=model)
-    if world.rank == 0:
-        save_config(config, run)
     seq_len = settings.seq_len or config.model.context
     batch_size, micro = batch_shape(config.model, config.train, world)
     with world.together():

@@ -74,8 +74,6 @@ def reward(config: RewardConfig, world: World) -> None:
             rows = sample_answers(writer, tokenizer, data.train, config)
             samples = packed_samples(rows, data.train)
         del writer  # or its weights would stay in memory
-        if world.rank == 0:
-            save_config(config, run)
     stage = Stage(model, world, data.prompts, config.margin, data.train, data.val, samples)
     # It cancels in every pair: its gradient is rounding, which Adam would take for a direction.
     model.head.bias.requires_grad_(False)
@@ -95,6 +93,7 @@ def reward(config: RewardConfig, world: World) -> None:
         metrics=stage.metrics,
         stage_state=stage,
         counted="prompts",
+        began=lambda: save_config(config, run),
     )
     if world.rank == 0:
         finish(config, run, stage, result.evaluation)

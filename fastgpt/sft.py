@@ -94,12 +94,12 @@ def sft(config: SFTConfig, world: World) -> None:
     """Prepare model and data, train, evaluate, sample, report."""
     from fastgpt.data.packing import all_batches, step_batches
     from fastgpt.lora import LoRAGPT
-    from fastgpt.run import preparing
+    from fastgpt.run import preparing, save_config
     from fastgpt.trainer import train
 
     with preparing(config, world, "sft") as (run, checkpoint):
         config, model, tokenizer = _start(config, run, world, checkpoint)
-        config, data = _prepare(config, tokenizer, run, world)
+        config, data = _prepare(config, tokenizer, world)
     settings = config.train
     batch_size, micro = batch_shape(config.model, settings, world)
     bytes_per_id = tokenizer.bytes_per_id()
@@ -131,6 +131,7 @@ def sft(config: SFTConfig, world: World) -> None:
         resume=checkpoint,
         stop_at=config.stop_at,
         stage_state=data,
+        began=lambda: save_config(config, run),
     )
     if world.rank == 0:
         plain = model.merged() if isinstance(model, LoRAGPT) else model
@@ -216,14 +217,11 @@ class _Data:
         check_same_data(state, self.state())
 
 
-def _prepare(
-    config: SFTConfig, tokenizer: Tokenizer, run: RunDir, world: World
-) -> tuple[SFTConfig, _Data]:
+def _prepare(config: SFTConfig, tokenizer: Tokenizer, world: World) -> tuple[SFTConfig, _Data]:
     """Training and validation set, and the configuration with what they decide."""
     from fastgpt.data.batches import check_sizes
     from fastgpt.data.examples import embedded, read_chats
     from fastgpt.data.packing import PackedExamples
-    from fastgpt.run import save_config
 
     seq_len = config.train.seq_len or config.model.context
     if seq_len > config.model.context:
@@ -246,7 +244,6 @@ def _prepare(
         steps = max(1, round(config.epochs * len(train_set) / batch_size))
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
     if world.rank == 0:
-        save_config(config, run)
         said(
             f"{len(train_set.lengths)} chats in {len(train_set)} rows of {seq_len}, "
             f"{train_set.targets} of {train_set.lengths.sum()} tokens to learn; "

@@ -154,6 +154,7 @@ def train(
     metrics: Evaluate | None = None,
     stage_state: StageState | None = None,
     counted: str = "tokens",
+    began: Callable[[], None] | None = None,
 ) -> Result:
     """Train ``model`` in place up to ``config.steps`` optimizer steps.
 
@@ -173,6 +174,8 @@ def train(
         metrics: values of the stage's own, asked for after a step that is logged.
         stage_state: see `StageState`.
         counted: what a target is, the name of their number in metrics.jsonl.
+        began: called by rank 0 when nothing can refuse the run any more. Settings are saved there:
+            a resume that is refused must leave those that the run can go on with.
 
     Raises:
         Preempted: asked to end early; a checkpoint is saved.
@@ -192,6 +195,8 @@ def train(
         saver = _Saver(loop, run, progress, config.keep_last, logs)
         with world.together():
             saver.check_space()
+            if rank0 and began is not None:
+                began()
         if not config.compile:  # reaches the compiled CPU kernels too
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stop = stack.enter_context(listen_for_stop(announce=rank0))

@@ -231,8 +231,12 @@ def test_a_damaged_run_is_refused(case, shell: Shell, fresh):
 
 
 def test_a_changed_model_is_refused_at_a_resume(shell: Shell, fresh):
-    done = shell.pretrain("--resume", fresh(), "--steps", 30, "--n-embd", 64, expect=3)
+    """The settings that the run can go on with are left as they were."""
+    run = fresh()
+    before = (run / "config.toml").read_bytes()
+    done = shell.pretrain("--resume", run, "--steps", 30, "--n-embd", 64, expect=3)
     assert "wte.weight" in only_line(done)
+    assert (run / "config.toml").read_bytes() == before
 
 
 def test_other_text_does_not_change_a_resumed_run(shell: Shell, fresh):

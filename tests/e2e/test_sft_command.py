@@ -118,6 +118,18 @@ def test_adapters_cannot_be_added_to_a_run(finished, sft):
     assert "has no adapters; leave it" in done.errors[0]
 
 
+def test_other_chats_are_refused_and_the_run_goes_on(sft, tmp_path):
+    run, other = (
+        tmp_path / "run",
+        write(tmp_path / "other.jsonl", [{"prompt": "a", "response": "b"}] * 9),
+    )
+    sft("--out", run, "--steps", 4, "--stop-at", 2, expect=75)
+    done = sft("--resume", run, "--steps", 9, "--data", other, expect=3)
+    assert "--data is not what this run began with" in done.errors[0]
+    sft("--resume", run)
+    assert log(run)[-1]["step"] == 4
+
+
 BAD = {
     "no such run": (["--init", "nowhere"], 2, "nowhere: not a run directory"),
     "no such data": (["--init", "BASE", "--data", "none.jsonl"], 3, "none.jsonl: no such file"),
