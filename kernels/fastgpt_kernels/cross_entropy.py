@@ -356,13 +356,28 @@ def check_options(
         raise ValueError(f"{name}: softcap must be positive (or None), got {softcap}")
 
 
+def as_indices(target: Tensor) -> Tensor:
+    """``target`` in 32 or 64 bits: compared in fewer, an ``ignore_index`` wraps to another class."""
+    return target if target.dtype in (torch.int32, torch.int64) else target.long()
+
+
+def mean_of_kept(total: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """``total`` over the number of rows that are not ignored; NaN if there is none.
+
+    The gradient is 0 then, as PyTorch's is: that of the plain quotient, 1 / 0, meets gradients of 0
+    and would turn every parameter into NaN.
+    """
+    count = (target != ignore_index).sum()
+    return torch.where(count > 0, total / count.clamp_min(1), torch.nan)
+
+
 def reduce_rows(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """Apply ``reduction``; the mean is over rows that are not ignored, and NaN if there is none."""
+    """Apply ``reduction``; see ``mean_of_kept`` for the mean."""
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
-    return loss.sum() / (target != ignore_index).sum()
+    return mean_of_kept(loss.sum(), target, ignore_index)
 
 
 def _plain(
@@ -428,6 +443,7 @@ def cross_entropy(
             "flatten the leading dims"
         )
     check_options("cross_entropy", input_NV.shape[0], target_N, reduction, label_smoothing, softcap)
+    target_N = as_indices(target_N)
     options = ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0)
     if use_triton(input_NV) or inplace_backward or cpu.worth_fusing(input_NV, MIN_FUSED):
         loss_N = cross_entropy_fwd(input_NV, target_N, *options, inplace_backward)[0]

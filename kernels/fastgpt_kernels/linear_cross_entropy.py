@@ -34,9 +34,11 @@ from fastgpt_kernels._linear import (
 )
 from fastgpt_kernels._loss_kernels import loss_gradient_kernel, whole_row_kernel
 from fastgpt_kernels.cross_entropy import (
+    as_indices,
     check_options,
     cross_entropy_bwd,
     cross_entropy_fwd,
+    mean_of_kept,
     reduce_rows,
     soft_cap_arguments,
     soft_cap_mode,
@@ -331,6 +333,7 @@ def linear_cross_entropy(
         )
     check_linear(name, input, weight, bias, ("input", "linear_weight", "linear_bias"))
     check_options(name, input.shape[0], target_N, reduction, label_smoothing, softcap)
+    target_N = as_indices(target_N)
     options = ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0)
     needs = [
         torch.is_grad_enabled() and x is not None and x.requires_grad for x in (input, weight, bias)
@@ -339,4 +342,4 @@ def linear_cross_entropy(
         loss_N = linear_cross_entropy_fwd(input, weight, bias, target_N, *options)
         return reduce_rows(loss_N, target_N, ignore_index, reduction)
     total = linear_cross_entropy_sum(input, weight, bias, target_N, *options, *needs)[0]
-    return total if reduction == "sum" else total / (target_N != ignore_index).sum()
+    return total if reduction == "sum" else mean_of_kept(total, target_N, ignore_index)

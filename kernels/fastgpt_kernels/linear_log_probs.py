@@ -42,7 +42,12 @@ from fastgpt_kernels._linear import (
     logits_into,
 )
 from fastgpt_kernels._log_prob_kernels import log_prob_gradient_kernel, log_prob_kernel
-from fastgpt_kernels.cross_entropy import soft_cap_arguments, soft_cap_mode, vector_width
+from fastgpt_kernels.cross_entropy import (
+    as_indices,
+    soft_cap_arguments,
+    soft_cap_mode,
+    vector_width,
+)
 
 LOG2E = 1.4426950408889634
 
@@ -387,5 +392,5 @@ def linear_log_probs(
     options = ignore_index, 1.0 / temperature, float(softcap or 0.0)
     flat = hidden.reshape(-1, hidden.shape[-1])
     run = _Kept.apply if _keeps_logits(flat, weight) else linear_log_probs_fwd
-    log_probs, entropy, *_ = run(flat, weight, bias, ids.reshape(-1), *options)
+    log_probs, entropy, *_ = run(flat, weight, bias, as_indices(ids.reshape(-1)), *options)
     return log_probs.view(ids.shape), entropy.view(ids.shape)

@@ -98,6 +98,16 @@ def test_all_rows_ignored_is_nan_with_zero_gradient():
 
 
 @pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_narrow_targets(dtype):
+    """156 is what an ignore_index of -100 becomes in 8 bits."""
+    x, t = torch.randn(2, 200), torch.tensor([156, 3])
+    for reduction in ("none", "mean"):
+        ours = cross_entropy(x, t.to(dtype), reduction=reduction)
+        torch.testing.assert_close(ours, F.cross_entropy(x, t, reduction=reduction))
+
+
+@pytest.mark.usefixtures("path")
 def test_ignored_rows_give_nothing():
     x = torch.randn(3, 11).index_fill(0, torch.tensor(1), torch.inf).requires_grad_()
     loss = cross_entropy(x, torch.tensor([2, -100, 4]), reduction="none")

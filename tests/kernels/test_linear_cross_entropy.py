@@ -103,6 +103,27 @@ def test_logits_are_never_whole(monkeypatch, bias):
     assert 0 < largest <= 128 * vocabulary * 4 < rows * vocabulary
 
 
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}])
+def test_the_mean_of_no_rows_is_nan_with_zero_gradient(rows, options):
+    """As in PyTorch; the quotient's own gradient, 1 / 0, would make every parameter NaN."""
+    x, w = torch.randn(rows, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    b = torch.randn(11, requires_grad=True)
+    loss = linear_cross_entropy(x, w, torch.full((rows,), -100), linear_bias=b, **options)
+    assert loss.isnan()
+    for parameter, grad in zip((x, w, b), torch.autograd.grad(loss, (x, w, b)), strict=True):
+        assert torch.equal(grad, torch.zeros_like(parameter))
+
+
+def test_bytes_are_targets():
+    """156 is what an ignore_index of -100 becomes in 8 bits."""
+    x, w = torch.randn(2, 8), torch.randn(256, 8, requires_grad=True)
+    t = torch.tensor([156, 3])
+    expected = torch.autograd.grad(F.cross_entropy(x @ w.T, t), w)[0]
+    loss = linear_cross_entropy(x, w, t.to(torch.uint8))
+    torch.testing.assert_close(torch.autograd.grad(loss, w)[0], expected)
+
+
 def test_backward_twice_and_scaled():
     x, w = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     loss = linear_cross_entropy(x, w, torch.arange(6))

@@ -49,6 +49,13 @@ def operands(shape, width, vocabulary, dtype, scale=0.4):
     return *(x.to(dtype) for x in tensors), ids
 
 
+def test_bytes_are_ids():
+    """156 is what an ignore_index of -100 becomes in 8 bits."""
+    x, w, ids = torch.randn(2, 8), torch.randn(256, 8), torch.tensor([156, 3])
+    for ours, expected in zip(linear_log_probs(x, w, ids.byte()), native(x, w, ids), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("with_bias", [False, True])
