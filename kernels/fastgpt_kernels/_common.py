@@ -75,6 +75,20 @@ def use_triton(x: Tensor) -> bool:
     return x.is_cuda or INTERPRETED
 
 
+def check_dtype(name: str, x: Tensor) -> None:
+    """Raise ValueError unless ``x`` is of a type that the function ``name`` computes in.
+
+    Otherwise integers would come back rounded to integers, and a GPU would return float64 with the
+    accuracy of float32.
+    """
+    if x.dtype in _DTYPE_NAMES or (x.dtype == torch.float64 and not use_triton(x)):
+        return
+    raise ValueError(
+        f"{name}: {x.dtype} is not supported; cast to float32, float16 or bfloat16 "
+        "(on a CPU float64 too)"
+    )
+
+
 def device_guard(x: Tensor):
     """Context that makes ``x``'s GPU current, so that ``cuda:1`` tensors launch on ``cuda:1``."""
     return torch.cuda.device_of(x)

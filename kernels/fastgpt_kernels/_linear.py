@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgpt_kernels._common import cdiv, use_triton
+from fastgpt_kernels._common import cdiv, check_dtype, use_triton
 
 CHUNK_ELEMENTS = 1 << 26
 """Logits held at once: 128 MiB in bfloat16, enough rows to fill the GEMMs of any current GPU."""
@@ -77,6 +77,7 @@ def check_linear(
         raise ValueError(
             f"{name}: {names[2]} must be ({weight.shape[0]},), got shape {tuple(bias.shape)}"
         )
+    check_dtype(name, input)
     same = weight.dtype in (input.dtype, torch.float32)
     if not same or (bias is not None and bias.dtype != input.dtype):
         raise ValueError(

@@ -30,6 +30,7 @@ from fastgpt_kernels._common import (
     AotCase,
     aot_variants,
     cdiv,
+    check_dtype,
     device_guard,
     launch_config,
     next_power_of_2,
@@ -164,6 +165,7 @@ def aot_cases() -> list[AotCase]:
 
 
 def _checked_gate(name: str, gate: Tensor, up: Tensor | None) -> None:
+    check_dtype(name, gate)
     if up is None:
         if gate.dim() == 0 or gate.shape[-1] % 2:
             raise ValueError(
@@ -202,7 +204,8 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         (..., F), contiguous.
 
     Raises:
-        ValueError: shapes or dtypes differ, or there are no two halves.
+        ValueError: shapes or dtypes differ, there are no two halves, or the dtype is not one of
+            these.
     """
     _checked_gate("swiglu", gate, up)
     if use_triton(gate):
@@ -242,8 +245,9 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         Tensor of the input's shape and dtype.
 
     Raises:
-        ValueError: an unknown approximation.
+        ValueError: an unknown approximation, or not a floating dtype.
     """
+    check_dtype("gelu", input)
     kind = _checked_approximation("gelu", approximate)
     if use_triton(input):
         return activation_fwd(input, None, kind)
@@ -260,7 +264,11 @@ def relu_squared(input: Tensor) -> Tensor:
 
     Returns:
         Tensor of the input's shape and dtype.
+
+    Raises:
+        ValueError: not a floating dtype.
     """
+    check_dtype("relu_squared", input)
     if use_triton(input):
         return activation_fwd(input, None, "relu_squared")
     return F.relu(input).square()

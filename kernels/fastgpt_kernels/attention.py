@@ -281,10 +281,10 @@ def _check(
             "(B, H, T, D) and twice the same (B, HK, S, D)"
         )
     B, H, T, D = q.shape
-    if k.shape[0] != B or k.shape[3] != D or k.shape[1] == 0 or H % k.shape[1]:
+    if k.shape[0] != B or k.shape[3] != D or H == 0 or k.shape[1] == 0 or H % k.shape[1]:
         raise ValueError(
             f"attention: k {tuple(k.shape)} does not fit q {tuple(q.shape)}: B and D must be "
-            "equal, and the heads of q a multiple of those of k"
+            "equal, and the heads of q a positive multiple of those of k"
         )
     check_types("attention", q, k, v)
     check_positive("attention", scale=scale, window=window, softcap=softcap)

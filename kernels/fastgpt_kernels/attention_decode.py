@@ -148,12 +148,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, starts: Tensor | No
     if (
         k.shape[0] != q.shape[0]
         or k.shape[3] != q.shape[3]
+        or not q.shape[2]
         or not k.shape[2]
         or (q.shape[2] % k.shape[2])
     ):
         raise ValueError(
             f"attention_decode: k_cache {tuple(k.shape)} does not fit q {tuple(q.shape)}: B and D "
-            "must be equal, and the heads of q a multiple of those of k"
+            "must be equal, and the heads of q a positive multiple of those of k"
         )
     check_types("attention_decode", q, k, v)
     for name, x in (("cache_seqlens_B", lengths), ("cache_starts_B", starts)):

@@ -206,10 +206,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
             f"attention_varlen: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} should "
             "be (T, H, D) and twice the same (S, HK, D)"
         )
-    if k.shape[2] != q.shape[2] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    H, HK = q.shape[1], k.shape[1]
+    if k.shape[2] != q.shape[2] or H == 0 or HK == 0 or H % HK:
         raise ValueError(
             f"attention_varlen: k {tuple(k.shape)} does not fit q {tuple(q.shape)}: D must be "
-            "equal, and the heads of q a multiple of those of k"
+            "equal, and the heads of q a positive multiple of those of k"
         )
     check_types("attention_varlen", q, k, v)
     for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):

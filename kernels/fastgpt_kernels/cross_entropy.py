@@ -30,6 +30,7 @@ from fastgpt_kernels._common import (
     AOT_DTYPES,
     AotCase,
     aot_variants,
+    check_dtype,
     device_guard,
     launch_config,
     next_power_of_2,
@@ -352,12 +353,12 @@ def check_options(
         raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{name}: label_smoothing must lie in [0, 1], got {label_smoothing}")
-    if softcap is not None and softcap <= 0:
+    if softcap is not None and not softcap > 0:
         raise ValueError(f"{name}: softcap must be positive (or None), got {softcap}")
 
 
 def as_indices(target: Tensor) -> Tensor:
-    """``target`` in 32 or 64 bits: compared in fewer, an ``ignore_index`` wraps to another class."""
+    """``target`` in at least 32 bits: compared in 8, an ``ignore_index`` becomes another class."""
     return target if target.dtype in (torch.int32, torch.int64) else target.long()
 
 
@@ -435,13 +436,14 @@ def cross_entropy(
         float32 scalar, or (N,) for reduction "none" (float64 for float64 logits on the CPU).
 
     Raises:
-        ValueError: wrong shapes or options out of range.
+        ValueError: wrong shapes or dtypes, or options out of range.
     """
     if input_NV.dim() != 2:
         raise ValueError(
             f"cross_entropy: input must be (N, V), got shape {tuple(input_NV.shape)}; "
             "flatten the leading dims"
         )
+    check_dtype("cross_entropy", input_NV)
     check_options("cross_entropy", input_NV.shape[0], target_N, reduction, label_smoothing, softcap)
     target_N = as_indices(target_N)
     options = ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0)

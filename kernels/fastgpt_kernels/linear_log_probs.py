@@ -387,7 +387,7 @@ def linear_log_probs(
         )
     if not temperature > 0:
         raise ValueError(f"{name}: temperature must be positive, got {temperature}")
-    if softcap is not None and softcap <= 0:
+    if softcap is not None and not softcap > 0:
         raise ValueError(f"{name}: softcap must be positive (or None), got {softcap}")
     options = ignore_index, 1.0 / temperature, float(softcap or 0.0)
     flat = hidden.reshape(-1, hidden.shape[-1])

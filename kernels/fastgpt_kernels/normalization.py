@@ -42,6 +42,7 @@ from fastgpt_kernels._common import (
     AotCase,
     aot_variants,
     cdiv,
+    check_dtype,
     device_guard,
     launch_config,
     multiprocessor_count,
@@ -304,6 +305,7 @@ def _checked_shape(
     *parameters: Tensor | None,
     residual: Tensor | None = None,
 ) -> tuple[int, ...]:
+    check_dtype(name, input)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or tuple(input.shape[input.dim() - len(shape) :]) != shape:
         raise ValueError(
@@ -350,7 +352,8 @@ def layer_norm(
         float32.
 
     Raises:
-        ValueError: ``normalized_shape``, ``weight`` or ``bias`` does not match the input.
+        ValueError: ``normalized_shape``, ``weight`` or ``bias`` does not match the input, or the
+            dtype is not one of these.
     """
     shape = _checked_shape("layer_norm", input, normalized_shape, weight, bias)
     if use_triton(input):
@@ -381,7 +384,8 @@ def rms_norm(
         Tensor of the input's shape and dtype, contiguous. The weight gradient is summed in float32.
 
     Raises:
-        ValueError: ``normalized_shape`` or ``weight`` does not match the input.
+        ValueError: ``normalized_shape`` or ``weight`` does not match the input, or the dtype is not
+            one of these.
     """
     shape = _checked_shape("rms_norm", input, normalized_shape, weight)
     wide = torch.promote_types(input.dtype, torch.float32)
@@ -419,7 +423,7 @@ def add_layer_norm(
         residual's dtype: the residual of the next block. Both contiguous.
 
     Raises:
-        ValueError: a shape does not match the input.
+        ValueError: a shape does not match the input, or a dtype is not supported.
     """
     name = "add_layer_norm"
     shape = _checked_shape(name, input, normalized_shape, weight, bias, residual=residual)

@@ -31,6 +31,7 @@ from fastgpt_kernels._common import (
     AotCase,
     aot_variants,
     cdiv,
+    check_dtype,
     device_guard,
     launch_config,
     next_power_of_2,
@@ -190,6 +191,7 @@ def aot_cases() -> list[AotCase]:
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
+    check_dtype("rotary", x)
     if not 2 <= x.dim() <= 4:
         raise ValueError(f"rotary: x must have two to four dims, got shape {tuple(x.shape)}")
     half = cos.shape[-1] if cos.dim() else 0
@@ -242,7 +244,7 @@ def rotary(
         Tensor like x; on a GPU laid out like ``torch.empty_like(x)``, on a CPU contiguous.
 
     Raises:
-        ValueError: dims or shapes do not fit together.
+        ValueError: dims or shapes do not fit together, or the dtype is not one of these.
     """
     _check(x, cos, sin, positions)
     if use_triton(x):

@@ -200,6 +200,7 @@ CU = cumulative(4, 5)
     [
         ({"q": (1, 9, 4, 16)}, CU, None, {}, "should be"),
         ({"k": (9, 3, 16), "v": (9, 3, 16)}, CU, None, {}, "multiple"),
+        ({"q": (9, 0, 16)}, CU, None, {}, "multiple"),
         ({"k": (9, 2, 8), "v": (9, 2, 8)}, CU, None, {}, "D must be"),
         ({}, CU.long(), None, {}, "cu_seqlens_q is .* torch.int64"),
         ({}, CU[:0], None, {}, "cu_seqlens_q is"),
