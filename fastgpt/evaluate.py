@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """All that is asked for: ``runs`` (values by run), ``judges`` and ``votes`` (leaderboards)."""
-    from fastgpt.assess.judges import read_votes
+    from fastgpt.assess.judges import check_judge, read_votes
     from fastgpt.assess.tasks import read_task
     from fastgpt.data.examples import read_prompts
 
@@ -100,6 +100,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     prompts = prompts[: config.limit or None]
     tasks = [read_task(path) for path in config.tasks]
     votes = {path.name: read_votes(path) for path in config.votes}
+    for spec in config.judge:  # before the answers, which take long
+        check_judge(spec, prompts)
     runs: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[str]] = {}
     for path in config.run:

@@ -21,7 +21,7 @@ from typing import Any
 
 from fastgpt import page
 from fastgpt.chart import Series
-from fastgpt.cli import command, from_flags
+from fastgpt.cli import command, from_flags, read_toml
 from fastgpt.data.examples import embedded, read_prompts
 from fastgpt.errors import DataError, PeerError, Preempted, UsageError
 from fastgpt.rundir import RunDir, read_metrics, write_atomic
@@ -68,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise UsageError(f"--out {config.out}: not a directory: {error.strerror}") from error
     state = _State.open(config.out / "pipeline.json")
+    check_options(config, state)
     train_prompts, held_out = split_prompts(config)
+    _check_judges(config, held_out)
+    state.save()
     for stage, words in commands(config, train_prompts, held_out).items():
         _run(stage, words, state, config.out)
     report = write_report(config, state)
@@ -106,6 +109,39 @@ def commands(
     return result
 
 
+def check_options(config: PipelineConfig, state: _State) -> None:
+    """Note the options of each stage. Raises UsageError for others than those it began with.
+
+    A stage that left no run may have other options the next time. Other judges only mean that the
+    evaluation is done again.
+    """
+    prompts = [str(path.resolve()) for path in config.prompts]
+    given: dict[str, Any] = {stage: getattr(config, stage) for stage in STAGES}
+    given |= {"prompts": prompts, "held-out": config.held_out}
+    for name, value in given.items():
+        began = state.options.get(name, value)
+        made = config.out / STAGES.get(name, "prompts-train.jsonl")
+        if began != value and (made.is_file() or RunDir(made).config_path.is_file()):
+            raise UsageError(
+                f"--{name}={value}: {made} was made with --{name}={began}; give that again, or "
+                "another --out"
+            )
+        state.options[name] = value
+    judges = list(config.judge)
+    if state.options.get("judge", judges) != judges and "evaluate" in state.done:
+        state.done.remove("evaluate")
+        del state.seconds["evaluate"]
+    state.options["judge"] = judges
+
+
+def _check_judges(config: PipelineConfig, held_out: Path) -> None:
+    from fastgpt.assess.judges import check_judge
+
+    prompts = read_prompts([held_out])
+    for spec in config.judge:  # now, not after hours
+        check_judge(spec, prompts)
+
+
 def split_prompts(config: PipelineConfig) -> tuple[Path, Path]:
     """Files with the prompts of PPO and with those held out, written once."""
     paths = (config.out / "prompts-train.jsonl", config.out / "prompts-held-out.jsonl")
@@ -137,24 +173,30 @@ def split_prompts(config: PipelineConfig) -> tuple[Path, Path]:
 
 @dataclass
 class _State:
-    """Seconds spent in each stage, also over several attempts, and the stages that are done."""
+    """Seconds spent in each stage, also over several attempts, and the stages that are done.
+
+    ``options`` are those that each stage began with.
+    """
 
     path: Path
     seconds: dict[str, float]
     done: list[str]
+    options: dict[str, Any]
 
     @classmethod
     def open(cls, path: Path) -> _State:
         if not path.is_file():
-            return cls(path, {}, [])
+            return cls(path, {}, [], {})
         try:
             values = json.loads(path.read_bytes())
-            return cls(path, dict(values["seconds"]), list(values["done"]))
+            options = dict(values.get("options", {}))
+            return cls(path, dict(values["seconds"]), list(values["done"]), options)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: unreadable ({error}); remove it to begin anew") from error
 
     def save(self) -> None:
-        write_atomic(self.path, json.dumps({"seconds": self.seconds, "done": self.done}) + "\n")
+        values = {"seconds": self.seconds, "done": self.done, "options": self.options}
+        write_atomic(self.path, json.dumps(values) + "\n")
 
 
 def _run(stage: str, words: Sequence[str | Path], state: _State, out: Path) -> None:
@@ -203,7 +245,9 @@ def write_report(config: PipelineConfig, state: _State) -> Path:
     evaluation = json.loads((config.out / "evaluation" / "evaluate.json").read_bytes())
     with open(config.out / "evaluation" / "answers.jsonl", encoding="utf-8") as file:
         answers = [json.loads(line) for line in file]
-    table = stage_table(metrics, state.seconds, config.price_per_hour)
+    data = {stage: _data(RunDir(config.out / run)) for stage, run in STAGES.items()}
+    data["evaluate"] = "prompts-held-out.jsonl"
+    table = stage_table(metrics, state.seconds, config.price_per_hour, data)
     print_table(table)
     sections = [
         "<h2>Four stages</h2>",
@@ -221,18 +265,29 @@ def write_report(config: PipelineConfig, state: _State) -> Path:
     return path
 
 
+def _data(run: RunDir) -> str:
+    """Names of the files that a stage learned from."""
+    tree = read_toml(run.config_path, "--out")
+    found = tree.get("prompts") or tree.get("data") or ()
+    if isinstance(found, Mapping):  # of pretraining, a table
+        found = found.get("data", ())
+    return ", ".join(Path(file).name for file in found) or "embedded"
+
+
 def stage_table(
     metrics: Mapping[str, Sequence[Mapping[str, Any]]],
     seconds: Mapping[str, float],
     price_per_hour: float,
+    data: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    """A row for each stage and one for the evaluation: steps, targets, time, share, cost."""
+    """A row for each stage and one for the evaluation: data, steps, targets, time, share, cost."""
     total = sum(seconds.values())
     rows = []
     for stage, spent in seconds.items():
         last = metrics[stage][-1] if metrics.get(stage) else {}
         row: dict[str, Any] = {
             "stage": stage,
+            "data": data.get(stage),
             "steps": last.get("step"),
             "trained on": next(
                 (f"{last[unit]:,} {unit}" for unit in ("tokens", "prompts") if unit in last), None

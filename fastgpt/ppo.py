@@ -302,6 +302,11 @@ class _Scorer:
                 raise UsageError(
                     f"--reward {config.reward}: its tokenizer is not that of --init {config.init}"
                 )
+            if model.config.context < config.model.context:
+                raise UsageError(
+                    f"--reward {config.reward}: its context of {model.config.context} is shorter "
+                    f"than that of --init, {config.model.context}; train one from {config.init}"
+                )
             model = _frozen(model, config.train.compile)
         function = load_function(config.reward_fn, "--reward-fn") if config.reward_fn else None
         judge = load_judge(config.judge, **options) if config.judge else None

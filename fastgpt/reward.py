@@ -50,8 +50,11 @@ class RewardConfig(RankingConfig):
         super().check()
         if not 0 <= self.margin < float("inf"):
             raise UsageError(f"--margin {self.margin:g}: it must be at least 0")
-        if self.norm_samples < 0:
-            raise UsageError(f"--norm-samples {self.norm_samples}: it must be at least 0")
+        if self.norm_samples < 0 or self.norm_samples == 1:
+            raise UsageError(
+                f"--norm-samples {self.norm_samples}: it must be 0, or at least 2 to have a "
+                "standard deviation"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

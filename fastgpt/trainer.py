@@ -201,17 +201,16 @@ def train(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stop = stack.enter_context(listen_for_stop(announce=rank0))
         stack.enter_context(progress)
-        values: dict[str, float] = {}
+        evaluation: dict[str, float] = {}
         while loop.state.step < config.steps:
             stats = loop.step(batches(loop.state.step), stop)
             step, last = loop.state.step, loop.state.step == config.steps
             if evaluate is not None and _due(step, config.eval_every, last):
-                values = evaluate()
+                evaluation = evaluate()
             else:
-                values = {}
-            logged = bool(values) or step == 1 or step % config.log_every == 0
-            if logged and metrics is not None:
-                values = metrics() | values
+                evaluation = {}
+            logged = bool(evaluation) or step == 1 or step % config.log_every == 0
+            values = (metrics() if logged and metrics is not None else {}) | evaluation
             _report(progress, logs if logged else None, loop, stats, values, counted)
             ending = stats.stop or step == stop_at
             if ending or _due(step, config.save_every, last):
@@ -220,9 +219,9 @@ def train(
                 raise Preempted(
                     f"stopped after step {step} of {config.steps}; go on with --resume {run.path}"
                 )
-        if evaluate is not None and not values:  # resumed at its last step
-            values = evaluate()
-        return Result(loop.state, values)
+        if evaluate is not None and not evaluation:  # resumed at its last step
+            evaluation = evaluate()
+        return Result(loop.state, evaluation)
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import importlib
 import itertools
 import math
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fastgpt.assess.ratings import Vote
 from fastgpt.chat import render
 from fastgpt.data.examples import Message, Prompt, read_records
-from fastgpt.errors import DataError, UsageError
+from fastgpt.errors import DataError, FastGPTError, UsageError
 
 if TYPE_CHECKING:
     from fastgpt.preference.reward_model import RewardModel
@@ -49,9 +50,44 @@ def load_function(spec: str, flag: str) -> Callable[..., Any]:
         raise UsageError(
             f"{flag} {spec}: {error}; is it installed, or in this directory?"
         ) from error
+    except Exception as error:  # whatever the module does
+        raise UsageError(f"{flag} {spec}: cannot import it: {_failure(error)}") from error
     if not callable(function):
         raise UsageError(f"{flag} {spec}: it is {type(function).__name__}, not a function")
     return function
+
+
+def names_run(spec: str) -> bool:
+    """Whether a judge is a directory and no function. Raises UsageError when it is neither."""
+    there = Path(spec).is_dir()
+    if not there and ":" not in spec:
+        raise UsageError(
+            f"--judge {spec}: no such directory; give a reward run, or a function as "
+            "package.module:function"
+        )
+    return there
+
+
+def check_judge(spec: str, prompts: Sequence[Prompt]) -> None:
+    """Raise what `load_judge` would, without loading a model, or DataError for a missing reference.
+
+    For those who have much to do before they ask the judge.
+    """
+    if names_run(spec):
+        from fastgpt.preference.reward_model import find_reward_model
+
+        find_reward_model(Path(spec))
+    elif load_function(spec, "--judge") is chrf:
+        bare = next((prompt for prompt in prompts if prompt.reference is None), None)
+        if bare is not None:
+            raise DataError(f"{bare.source}:{bare.line}: {_no_reference(spec)}")
+
+
+def _no_reference(judge: str) -> str:
+    return (
+        f"no 'reference' (or 'answer'), which --judge {judge} compares answers with; "
+        "add it to every prompt, or give another judge"
+    )
 
 
 def load_judge(spec: str, *, device: str = "auto", dtype: str = "auto") -> Judge:
@@ -60,7 +96,7 @@ def load_judge(spec: str, *, device: str = "auto", dtype: str = "auto") -> Judge
     Raises:
         UsageError: it is neither.
     """
-    if not Path(spec).is_dir():
+    if not names_run(spec):
         return load_function(spec, "--judge")
     from fastgpt.preference.reward_model import load_reward_model
 
@@ -107,18 +143,42 @@ class RewardJudge:
 def scores_of(
     judge: Judge, name: str, prompts: Sequence[Prompt], responses: Sequence[str]
 ) -> list[float]:
-    """What ``judge`` says of each response. Raises DataError unless it is a finite number each."""
+    """What ``judge`` says of each response.
+
+    Raises DataError when it fails, or unless it is a finite number each.
+    """
     references = [prompt.reference for prompt in prompts]
-    scores = list(judge([prompt.messages for prompt in prompts], list(responses), references))
-    if len(scores) != len(responses):
-        raise DataError(f"{name}: {len(scores)} scores for {len(responses)} responses")
-    values = [float(score) for score in scores]
+    messages = [prompt.messages for prompt in prompts]
+    try:
+        found = judge(messages, list(responses), references)
+    except FastGPTError:
+        raise
+    except Exception as error:  # a function of the user's: whatever it does
+        raise DataError(f"{name}: {_failure(error)}; --debug shows the way there") from error
+    try:
+        scores = list(found)
+        values = [float(score) for score in scores]
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{name}: not a list of numbers, one for each response, but {error}"
+        ) from error
+    if len(values) != len(responses):
+        raise DataError(f"{name}: {len(values)} scores for {len(responses)} responses")
     for prompt, value in zip(prompts, values, strict=True):
         if not math.isfinite(value):
             raise DataError(
                 f"{name}: a score of {value} for the prompt {prompt.source}:{prompt.line}"
             )
     return values
+
+
+def _failure(error: Exception) -> str:
+    """What a user's code ended with, and the line of it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    if isinstance(error, SyntaxError):
+        where = ""  # the message has it
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def votes_from_scores(scores: Mapping[str, Sequence[float]]) -> list[Vote]:
@@ -154,8 +214,11 @@ def chrf(
     """Likeness to the reference answer in [0, 1]: chrF2, character 1- to 6-grams.
 
     Popovic 2015 (aclanthology.org/W15-3049): the F-score of their mean precision and recall, recall
-    counting twice as much; spaces are left out.
+    counting twice as much; spaces are left out. Raises DataError where there is no reference.
     """
+    for i, reference in enumerate(references):
+        if reference is None:
+            raise DataError(f"prompt {i + 1}: {_no_reference('chrf')}")
     return [
         _chrf(response, str(reference))
         for response, reference in zip(responses, references, strict=True)

@@ -114,6 +114,16 @@ class RewardModel(nn.Module):
         return self.head(hidden.float()).squeeze(-1)
 
 
+def find_reward_model(path: Path) -> RunDir:
+    """The run in ``path``. Raises UsageError unless a reward model was saved there."""
+    run = RunDir.open(path)
+    if not any(run.checkpoints.glob("step_*/reward.safetensors")):
+        raise UsageError(
+            f"{run.path}: no reward model was saved there; give a run of python -m fastgpt.reward"
+        )
+    return run
+
+
 def load_reward_model(
     path: Path, *, step: int | None = None, device: str = "auto", dtype: str = "auto"
 ) -> tuple[RewardModel, Tokenizer]:
@@ -121,14 +131,10 @@ def load_reward_model(
 
     Raises UsageError for a run of another stage, DataError for a damaged one.
     """
-    run = RunDir.open(path)
+    run = find_reward_model(path)
     tree = cli.read_toml(run.config_path, "--reward")
     config = cli.from_tree(ModelConfig, tree["model"], str(run.config_path))
     config.check()
-    if not any(run.checkpoints.glob("step_*/reward.safetensors")):
-        raise UsageError(
-            f"{run.path}: no reward model was saved there; give a run of python -m fastgpt.reward"
-        )
     checkpoint = load_checkpoint(run.checkpoints, step, only=("reward",))
     where = pick_device(device, 0)
     with torch.device("meta"):

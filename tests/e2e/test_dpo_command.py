@@ -74,6 +74,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(dpo, tmp_path):
 
 
 @pytest.mark.full
+def test_nothing_need_be_held_out(dpo, tmp_path):
+    out = dpo("--out", tmp_path / "run", "--val-fraction", 0, "--steps", 1).out
+    assert "val loss" not in out
+    assert "report" in out.splitlines()[-1]
+
+
 def test_the_end_is_the_same_after_a_resume(finished, dpo, tmp_path):
     run = tmp_path / "run"
     options = ("--epochs", 4, "--save-every", 9, "--keep-last", 0)

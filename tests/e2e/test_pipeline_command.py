@@ -64,6 +64,10 @@ def test_the_whole_way(server, shell, corpus, tmp_path, monkeypatch):
     page = (out / "report.html").read_text()
     for text in (
         "Four stages",
+        "my.txt",
+        "chats.jsonl",
+        "rankings.jsonl",
+        "prompts-train.jsonl",
         "cost",
         "Leaderboard by reward",
         "fastgpt.assess.judges:chrf",

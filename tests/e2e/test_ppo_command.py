@@ -93,6 +93,12 @@ def test_the_end_is_the_same_after_a_resume(finished, ppo, tmp_path):
     assert out.splitlines()[-2] == finished[1].splitlines()[-2]
 
 
+def test_nothing_need_be_held_out(ppo, tmp_path):
+    out = ppo("--out", tmp_path / "run", *FUNCTION, "--eval-prompts", 0, "--steps", 1).out
+    assert "held-out score" not in out
+    assert "report" in out.splitlines()[-1]
+
+
 def test_two_processes_are_one_and_resume(ppo, tmp_path):
     """Each samples, scores and learns from its half of the rows."""
     one, two, parts = tmp_path / "one", tmp_path / "two", tmp_path / "parts"
@@ -111,6 +117,11 @@ def test_two_processes_are_one_and_resume(ppo, tmp_path):
 BAD = {
     "nothing to learn from": ([], 2, "nothing to learn from; give --reward RUN or --reward-fn"),
     "no such function": (["--reward-fn", "letters:none"], 2, "--reward-fn letters:none"),
+    "a judge that is not there": (
+        [*FUNCTION, "--judge", "none"],
+        2,
+        "--judge none: no such directory",
+    ),
     "no reward run": (["--reward", "sft"], 2, "no reward model was saved there"),
     "no chat model": ([*FUNCTION, "--init", "BASE"], 2, "the model was not finetuned on chats"),
     "no room": ([*FUNCTION, "--max-new-tokens", "30"], 3, "no prompt leaves room"),
@@ -126,6 +137,22 @@ def test_what_is_wrong_is_said_in_one_line(case, ppo, base_run, tmp_path):
     arguments = [base_run[0] if word == "BASE" else word for word in arguments]
     done = ppo(*arguments, "--out", tmp_path / "run", expect=status)
     assert_refused(done, tmp_path / "run", status, message)
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "context"])
+def test_a_reward_model_of_another_family_is_refused(what, ppo, reward_run, base_run, tmp_path):
+    """Its scores would be of other texts, or end in an index error where its positions do."""
+    other = Path(shutil.copytree(reward_run, tmp_path / "other"))
+    if what == "tokenizer":
+        shutil.copy(base_run[0] / "tokenizer.json", other)
+        message = "its tokenizer is not that of --init"
+    else:
+        config = (other / "config.toml").read_text()
+        assert "context = 32" in config
+        (other / "config.toml").write_text(config.replace("context = 32", "context = 16"))
+        message = "its context of 16 is shorter than that of --init, 32"
+    done = ppo("--reward", other, "--out", tmp_path / "run", expect=2)
+    assert_refused(done, tmp_path / "run", 2, f"--reward {other}: {message}")
 
 
 @pytest.mark.parametrize("which", ["--reward", pytest.param("--init", marks=FULL)])

@@ -10,6 +10,7 @@ import torch
 
 from fastgpt.assess.judges import (
     RewardJudge,
+    check_judge,
     chrf,
     load_function,
     load_judge,
@@ -39,6 +40,31 @@ def test_what_is_no_function_is_refused(spec):
         load_function(spec, "--judge")
 
 
+@pytest.mark.parametrize(("text", "named"), [("1 / 0", ":1"), ("def f(:", "SyntaxError")])
+def test_a_module_that_fails_is_named(text, named, tmp_path, monkeypatch):
+    (tmp_path / "failing_module.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=rf"--reward-fn failing_module:f: cannot .*{named}"):
+        load_function("failing_module:f", "--reward-fn")
+
+
+def test_judges_are_looked_at_before_there_is_something_to_judge(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "x", "answer": 3}\n{"prompt": "y"}\n')
+    prompts = read_prompts([path])
+    with pytest.raises(DataError, match=r"p\.jsonl:2: no 'reference'"):
+        check_judge("fastgpt.assess.judges:chrf", prompts)
+    check_judge("fastgpt.assess.judges:chrf", prompts[:1])
+    check_judge("math:sqrt", prompts)
+    with pytest.raises(DataError, match="prompt 2: no 'reference'"):
+        chrf([[]] * 2, ["None"] * 2, ["None", None])
+    with pytest.raises(UsageError, match=r"--judge .*nowhere: no such directory; "):
+        check_judge(str(tmp_path / "nowhere"), prompts)
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(UsageError, match="no reward model was saved there"):
+        check_judge(str(tmp_path), prompts)
+
+
 def test_every_two_models_are_compared_on_every_prompt():
     votes = votes_from_scores({"a": [1.0, 2.0], "b": [0.5, 2.0], "c": [3.0, -1.0]})
     assert set(votes) == {
@@ -64,6 +90,19 @@ def test_scores_must_be_numbers_one_for_each_response(tmp_path):
         scores_of(lambda *_: [0.0], "j", prompts, ["a", "b"])
     with pytest.raises(DataError, match=r"j: a score of nan for the prompt .*p\.jsonl:2"):
         scores_of(lambda *_: [0.0, float("nan")], "j", prompts, ["a", "b"])
+    for found in (None, ["good", "bad"], [None, None], 3):
+        with pytest.raises(DataError, match="j: not a list of numbers, one for each response"):
+            scores_of(lambda *_, found=found: found, "j", prompts, ["a", "b"])  # pyright: ignore
+
+
+def test_a_function_that_fails_is_named_with_its_line(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "x"}')
+    prompts = read_prompts([path])
+    with pytest.raises(DataError, match=r"j: ZeroDivisionError: .* at .*test_judges\.py:\d+;"):
+        scores_of(lambda *_: [1 / 0], "j", prompts, ["a"])
+    with pytest.raises(DataError, match=r"j: TypeError: .*2 positional arguments but 3 "):
+        scores_of(lambda a, b: [0.0], "j", prompts, ["a"])  # pyright: ignore
 
 
 def test_votes_of_people_are_read(tmp_path):

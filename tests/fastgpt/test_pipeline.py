@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -128,11 +129,54 @@ def test_a_damaged_state_is_named(config):
         run_all(config)
 
 
+def test_other_options_for_what_was_made_are_refused(config):
+    """They would be passed over in silence, for the run goes on with its own."""
+    state = pipeline._State.open(config.out / "pipeline.json")
+    pipeline.check_options(config, state)
+    changed = replace(config, ppo="--steps 4", held_out=4)
+    pipeline.check_options(changed, state)  # nothing was made yet
+    (config.out / "rl").mkdir()
+    (config.out / "rl" / "config.toml").touch()
+    state.save()
+    state = pipeline._State.open(config.out / "pipeline.json")
+    with pytest.raises(
+        UsageError, match=r"--ppo=--steps 3 --seed 9: .*rl was made with --ppo=--st"
+    ):
+        pipeline.check_options(config, state)
+    pipeline.check_options(changed, state)
+    split_prompts(changed)
+    with pytest.raises(UsageError, match=r"--held-out=5: .* was made with --held-out=4"):
+        pipeline.check_options(replace(changed, held_out=5), state)
+
+
+def test_another_judge_only_repeats_the_evaluation(config, child):
+    state = pipeline._State.open(config.out / "pipeline.json")
+    pipeline.check_options(config, state)
+    state.done, state.seconds = ["ppo", "evaluate"], {"ppo": 2.0, "evaluate": 1.0}
+    pipeline.check_options(config, state)
+    assert state.done == ["ppo", "evaluate"]
+    pipeline.check_options(replace(config, judge=("math:sqrt",)), state)
+    assert (state.done, state.seconds) == (["ppo"], {"ppo": 2.0})
+
+
+def test_a_judge_that_cannot_judge_is_named_before_anything_runs(config, child):
+    started = child()
+    config.prompts[0].write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    prompts = ["--out", str(config.out), "--prompts", str(config.prompts[0]), "--held-out", "1"]
+    with pytest.raises(DataError, match=r"held-out\.jsonl:1: no 'reference'"):
+        pipeline.main(prompts)
+    with pytest.raises(UsageError, match="--judge json:nothing"):
+        pipeline.main([*prompts, "--judge", "json:nothing"])
+    assert started == []
+
+
 def test_shares_and_costs_add_up():
     metrics = {"pretrain": [{"step": 1, "tokens": 5}, {"step": 9, "tokens": 45}], "sft": []}
-    rows = stage_table(metrics, {"pretrain": 90.0, "sft": 30.0}, price_per_hour=3.0)
+    data = {"pretrain": "a.txt"}
+    rows = stage_table(metrics, {"pretrain": 90.0, "sft": 30.0}, 3.0, data)
+    assert [row.get("data") for row in rows] == ["a.txt", None, None]
     assert rows[0]["steps"] == 9
     assert rows[0]["trained on"] == "45 tokens"
     assert [row["share"] for row in rows] == ["75 %", "25 %", "100 %"]
     assert [row["cost"] for row in rows] == ["0.075", "0.025", "0.100"]
-    assert "cost" not in stage_table(metrics, {"sft": 30.0}, price_per_hour=0.0)[0]
+    assert "cost" not in stage_table(metrics, {"sft": 30.0}, 0.0, {})[0]
