@@ -324,7 +324,7 @@ class RankingConfig(StageConfig):
 
     data: tuple[Path, ...] = ()
     """Rankings (.jsonl, .gz, .xz): "prompt" and "responses", best first or with "ranks" or
-    "scores"; or "chosen" and "rejected"; default: the embedded ones."""
+    "scores"; or "chosen" and "rejected", with "margin" or without; default: the embedded ones."""
     epochs: float = 1.0
     """How often each prompt is used, unless --steps says how long to train."""
     batch_prompts: int | None = None

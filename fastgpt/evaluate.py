@@ -95,7 +95,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from fastgpt.assess.judges import check_judge, read_votes
     from fastgpt.assess.tasks import read_task
     from fastgpt.data.examples import read_prompts
+    from fastgpt.rundir import make_directory
 
+    if config.out is not None:
+        make_directory(config.out)
     prompts = read_prompts(config.prompts) if config.prompts else []
     prompts = prompts[: config.limit or None]
     tasks = [read_task(path) for path in config.tasks]
@@ -270,7 +273,6 @@ def _write(
 ) -> None:
     from fastgpt.rundir import write_atomic
 
-    out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "evaluate.json", json.dumps(results, indent=1) + "\n")
     if answers:
         lines = [

@@ -24,7 +24,7 @@ from fastgpt.chart import Series
 from fastgpt.cli import command, from_flags, read_toml
 from fastgpt.data.examples import embedded, read_prompts
 from fastgpt.errors import DataError, PeerError, Preempted, UsageError
-from fastgpt.rundir import RunDir, read_metrics, write_atomic
+from fastgpt.rundir import RunDir, make_directory, read_metrics, write_atomic
 
 STAGES = {"pretrain": "base", "sft": "sft", "reward": "reward", "ppo": "rl"}
 """Stage -> directory of its run."""
@@ -63,10 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = from_flags(PipelineConfig, argv)
     if config.held_out < 1:
         raise UsageError(f"--held-out {config.held_out}: it must be at least 1")
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {config.out}: not a directory: {error.strerror}") from error
+    make_directory(config.out)
     state = _State.open(config.out / "pipeline.json")
     check_options(config, state)
     train_prompts, held_out = split_prompts(config)

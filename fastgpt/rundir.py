@@ -125,6 +125,14 @@ class RunDir:
         return self.path / "report.html"
 
 
+def make_directory(path: Path) -> None:
+    """Make the directory of ``--out``; it may exist. Raises UsageError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {path}: not a directory: {error.strerror}") from error
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a small file so that a crash leaves the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -269,7 +269,9 @@ def split(chats: Sequence[Chat], fraction: float, seed: int) -> tuple[list[Chat]
     held = max(1, round(fraction * len(chats))) if fraction else 0
     if held >= len(chats):
         where = chats[0].source if chats else "no data"
-        raise DataError(f"{where}: {len(chats)} chats, {held} held out; give more chats")
+        raise DataError(
+            f"{where}: {len(chats)} chats, {held} held out; give more, or --val-fraction 0"
+        )
     picked = [chats[i] for i in order]
     return picked[:held], picked[held:]
 

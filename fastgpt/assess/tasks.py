@@ -162,7 +162,10 @@ def evaluate_task(
     shown, asked = task.examples[:few_shot], task.examples[few_shot:]
     asked = asked[:limit] if limit else asked
     if not asked:
-        raise DataError(f"{task.name}: {len(task.examples)} examples, {few_shot} of them shown")
+        raise DataError(
+            f"{task.name}: {len(task.examples)} examples, {few_shot} of them shown and "
+            "none left to ask; lower --few-shot"
+        )
     if asked[0].choices:
         values = _choices(model, tokenizer, shown, asked, chat)
     elif asked[0].last_word:

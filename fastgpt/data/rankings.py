@@ -3,7 +3,7 @@
     {"prompt": "...", "responses": ["best", ..., "worst"]}
     {"prompt": "...", "responses": [...], "ranks": [1, 2, 2]}       1 is the best, ties are allowed
     {"prompt": "...", "responses": [...], "scores": [0.3, 2.0]}     more is better, likewise
-    {"prompt": "...", "chosen": "...", "rejected": "..."}           a pair
+    {"prompt": "...", "chosen": "...", "rejected": "..."}           a pair, with "margin" or without
     {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": "..."}  two transcripts (HH)
 
 The prompt may also be a list of messages that ends with the user, or stand under ``messages``.
@@ -70,7 +70,7 @@ def _ranking(record: Record) -> Ranking:
         scores, scored = _scores(record, len(responses))
     elif "chosen" in values and "rejected" in values:
         prompt, responses = _pair(record)
-        scores, scored = [1.0, 0.0], False
+        scores, scored = _margin(record)
     else:
         keys = ", ".join(map(repr, list(values)[:8])) or "no keys"
         raise record.bad(
@@ -125,11 +125,32 @@ def _scores(record: Record, count: int) -> tuple[list[float], bool]:
         what = f"{len(found)} of them" if isinstance(found, list) else type(found).__name__
         raise record.bad(f"{key!r} must be a list of {count}, one for each response, not {what}")
     for i, value in enumerate(found):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
+        if not _is_number(value):
             raise record.bad(f"{key}[{i}] is {value!r}, not a finite number; mend the line")
     sign = -1.0 if key == "ranks" else 1.0
     return [sign * value for value in found], key == "scores"
+
+
+def _margin(record: Record) -> tuple[list[float], bool]:
+    """Scores of a pair that differ by its margin, and whether the file has one."""
+    value = record.values.get("margin")
+    if value is None:
+        return [1.0, 0.0], False
+    if not _is_number(value) or value < 0:
+        raise record.bad(
+            f"'margin' is {value!r}; it says by how much 'chosen' is better, a number of at least "
+            "0; mend the line"
+        )
+    return [float(value), 0.0], True
+
+
+def _is_number(value: Any) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond any float
+        return False
 
 
 def _pair(record: Record) -> tuple[list[Message], list[str]]:

@@ -74,7 +74,10 @@ def split(
     held = max(1, round(fraction * len(groups))) if fraction else 0
     if held >= len(groups):
         where = rankings[0].source if rankings else "no data"
-        raise DataError(f"{where}: {len(groups)} prompts, {held} held out; give more rankings")
+        raise DataError(
+            f"{where}: {len(groups)} different prompts, {held} held out; give more, or "
+            "--val-fraction 0"
+        )
     order = permute(np.arange(len(groups)), len(groups), seed).tolist()
     held_out = [ranking for i in order[:held] for ranking in groups[i]]
     return held_out, [ranking for i in order[held:] for ranking in groups[i]]
@@ -344,7 +347,9 @@ def prepare(
     bad = next((r for r in rankings if needs_scores and not r.scored), None)
     if bad is not None:
         where = f"{bad.source}:{bad.line}"
-        raise UsageError(f"{needs_scores} needs 'scores', and {where} has none; leave it out")
+        raise UsageError(
+            f"{needs_scores} needs 'scores' or 'margin', and {where} has none; leave it out"
+        )
     say = print if world.rank == 0 else _nothing
     kept = untied(rankings)
     held_out, learned = split(kept, config.val_fraction, settings.seed)

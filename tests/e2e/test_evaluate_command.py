@@ -72,6 +72,7 @@ def test_a_comparison_of_runs(shell, runs, tmp_path):
         (["--run", "x"], "--run needs something to measure"),
         (["--run", "x", "--data", "my.txt", "--judge", "a:b"], "give --prompts"),
         (["--run", "a/x", "b/x", "--data", "my.txt"], "same name: x, x"),
+        (["--run", "x", "--data", "my.txt", "--out", "my.txt"], "--out my.txt: not a directory"),
         (["--run", "nowhere", "--data", "my.txt"], "nowhere: not a run directory"),
         (["--votes", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     ],

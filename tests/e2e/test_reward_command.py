@@ -104,7 +104,11 @@ BAD = {
     "no such data": (["--init", "SFT", "--data", "none.jsonl"], 3, "none.jsonl: no such file"),
     "nothing to rank": (["--init", "SFT", "--data", "c.jsonl"], 3, "c.jsonl:2: 1 response(s)"),
     "a long row": (["--init", "SFT", "--seq-len", "99"], 2, "--seq-len 99 is beyond the context"),
-    "one ranking": (["--init", "SFT", "--data", "d.jsonl"], 3, "give more rankings"),
+    "one ranking": (
+        ["--init", "SFT", "--data", "d.jsonl"],
+        3,
+        "1 different prompts, 1 held out; give more",
+    ),
     "one sample": (["--init", "SFT", "--norm-samples", "1"], 2, "--norm-samples 1: it must be 0"),
     "no scores": (["--init", "SFT", "--data", "d.jsonl", "--margin", "1"], 2, "--margin needs"),
 }

@@ -136,7 +136,7 @@ BAD = {
     "a bad line": (["--init", "BASE", "--data", "c.jsonl"], 3, "c.jsonl:2: no key 'response'"),
     "a long row": (["--init", "BASE", "--seq-len", "99"], 2, "--seq-len 99 is beyond the context"),
     "an odd batch": (["--init", "BASE", "--data", "d.jsonl", "--micro-batch", "3"], 2, "multiple"),
-    "one chat": (["--init", "BASE", "--data", "e.jsonl"], 3, "give more chats"),
+    "one chat": (["--init", "BASE", "--data", "e.jsonl"], 3, "give more, or --val-fraction 0"),
     "all too long": (
         *(["--init", "BASE", "--data", "f.jsonl", "--on-long", "skip"], 3),
         "no chat is left to learn from; give shorter ones, or raise --seq-len",

@@ -80,6 +80,14 @@ def test_a_pair(read):
     assert (ranking.responses, ranking.pairs()) == (["good", ""], [(0, 1)])
 
 
+def test_a_pair_with_a_margin_has_scores_that_differ_by_it(read):
+    pair = {"prompt": "p", "chosen": "good", "rejected": "bad"}
+    ranking = read(pair | {"margin": 2.5})
+    assert (ranking.responses, ranking.scores, ranking.scored) == (["good", "bad"], [2.5, 0], True)
+    assert read(pair | {"margin": 0}).pairs() == []
+    assert not read(pair | {"margin": None}).scored
+
+
 @pytest.mark.parametrize("key", ["prompt", "messages"])
 def test_a_prompt_of_several_turns(key, read):
     talk = [{"role": "system", "content": "s"}, user("a"), assistant("b"), user("c")]
@@ -134,6 +142,9 @@ HUMAN = "\n\nHuman: a\n\nAssistant: "
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, True]}, r"scores\[1\] is True"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, "2"]}, r"scores\[1\] is '2'"),
         ({"prompt": "p", "responses": ["a", "b"], "scores": [1, float("nan")]}, "not a finite"),
+        ({"prompt": "p", "responses": ["a", "b"], "ranks": [1, 10**400]}, r"ranks\[1\] is 1000"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": -1}, "'margin' is -1; it says"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": "x"}, "'margin' is 'x'"),
         ({"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "scores": [2, 1]}, "both"),
         ({"prompt": [assistant("b")], "responses": ["a", "b"]}, "ends with the user"),
         ({"prompt": "p", "chosen": "a", "rejected": ["b"]}, "are str and list"),

@@ -127,7 +127,7 @@ def test_held_out_chats_are_a_function_of_the_seed():
 
 @pytest.mark.parametrize(("n", "fraction"), [(1, 0.05), (0, 0.0), (3, 0.9)])
 def test_something_must_be_left_to_learn(n, fraction):
-    with pytest.raises(DataError, match="give more chats"):
+    with pytest.raises(DataError, match="give more, or --val-fraction 0"):
         split([make_chat("a", "b")] * n, fraction, seed=0)
 
 

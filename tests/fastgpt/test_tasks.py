@@ -244,5 +244,7 @@ def test_a_long_question_keeps_its_end_and_room_for_an_answer(
 
 
 def test_no_example_left_to_ask(model, tokenizer):
-    with pytest.raises(DataError, match="t: 1 examples, 1 of them shown"):
+    with pytest.raises(
+        DataError, match="t: 1 examples, 1 of them shown and none left to ask; lower"
+    ):
         evaluate_task(model, tokenizer, Task("t", [Example("a", "b")]), few_shot=1)
