@@ -180,18 +180,20 @@ def _prepare(
     kept, ids = _encode(prompts, tokenizer, config, world)
     order = permute(np.arange(len(kept)), len(kept), settings.seed).tolist()
     held = min(rl.eval_prompts, len(kept) // 4)
-    learned, held_out = order[held:], order[:held]
+    numbered = order[held:] + order[:held]  # the same for what is sampled and what is scored
+    kept, ids = [kept[i] for i in numbered], [ids[i] for i in numbered]
+    learned = len(kept) - held
     longest = max(map(len, ids)) + rl.max_new_tokens
     most = 16384 if world.device.type == "cuda" else 8192
     micro = settings.micro_batch or max(1, most // longest)
-    scorer = _Scorer.load(config, tokenizer, [kept[i] for i in learned + held_out], world)
+    scorer = _Scorer.load(config, tokenizer, kept, world)
     steps = settings.steps or rl.total_steps
     config = dataclasses.replace(config, train=dataclasses.replace(settings, steps=steps))
     problem = Problem(
         model,
         reference,
-        [ids[i] for i in learned],
-        [ids[i] for i in held_out],
+        ids[:learned],
+        ids[learned:],
         scorer,
         end_id(tokenizer),
         _padding(tokenizer),
@@ -203,7 +205,7 @@ def _prepare(
     )
     if world.rank == 0:
         print(
-            f"{len(learned)} prompts, {held} held out; {steps} steps, a rollout of {rl.rollout} "
+            f"{learned} prompts, {held} held out; {steps} steps, a rollout of {rl.rollout} "
             f"responses every {rl.epochs * rl.minibatches}"
         )
     return config, problem, scorer

@@ -10,11 +10,13 @@ import torch
 from commands import Shell
 from runs import RANKED, assert_refused, assert_same_run, log, write
 
-from fastgpt.chat import render_prompt
+from fastgpt.chat import end_id, render_prompt
 from fastgpt.checkpoint import load_checkpoint
 from fastgpt.errors import UsageError
 from fastgpt.preference.comparisons import answer_ids
 from fastgpt.preference.reward_model import load_reward_model
+from fastgpt.run import load_tokenizer
+from fastgpt.rundir import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,12 @@ def test_the_saved_scores_of_the_samples_are_normalised(finished):
     samples = load_checkpoint(run / "checkpoints").tensors["stage"]
     rows = samples["sample_ids"].split(samples["sample_lengths"].tolist())
     assert len(rows) == 20
+    tokenizer = load_tokenizer(RunDir.open(run))
+    end, asked = end_id(tokenizer), tokenizer.special_tokens["<|assistant|>"]
+    said = [ids[ids.tolist().index(asked) + 1 :].tolist() for ids in rows]
+    ended = [ids[-1] == end for ids in said]
+    assert any(ended), "what ended is scored behind its end, as in training"
+    assert all(e or len(ids) == 6 for e, ids in zip(ended, said, strict=True))
     with torch.no_grad():
         scores = torch.cat([model.scores(ids[None], torch.tensor([len(ids) - 1])) for ids in rows])
     assert scores.mean().item() == pytest.approx(0, abs=1e-4)

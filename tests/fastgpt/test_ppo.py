@@ -20,6 +20,7 @@ from fastgpt.preference.reward_model import RewardModel
 from fastgpt.rl.actor_critic import ActorCritic
 from fastgpt.rl.config import RLConfig
 from fastgpt.rl.experience import Experience, Problem, weights_hash
+from fastgpt.rl.rollout import sample_responses
 
 pytestmark = pytest.mark.usefixtures("uncompiled", "seeded")
 
@@ -94,9 +95,11 @@ def update(experience: Experience, step: int, lr: float = 0.0) -> float:
     return total / targets
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo", "reinforce"])
-def test_the_ratio_is_1_before_the_first_update(algorithm):
-    experience = make(dataclasses.replace(SMALL, algorithm=algorithm, group=None), micro=3)
+def test_the_ratio_is_1_before_the_first_update(algorithm, temperature):
+    config = dataclasses.replace(SMALL, algorithm=algorithm, group=None, temperature=temperature)
+    experience = make(config, micro=3)
     move(experience)
     for step in range(2):  # both halves of the rollout
         for batch in experience.batches(step):
@@ -108,6 +111,27 @@ def test_the_ratio_is_1_before_the_first_update(algorithm):
     update(experience, 2, lr=1.0)
     update(experience, 3)
     assert abs(experience.stats.means["ratio"] - 1) > 1e-3
+
+
+def test_one_temperature_samples_and_scores_policy_and_reference():
+    """Another one anywhere would show as a KL of a model to itself, or as other samples."""
+    experience = make(dataclasses.replace(SMALL, temperature=0.6))
+    generator = torch.Generator().manual_seed(1)
+    experience.batches(0)
+    assert abs(experience.values["kl"]) < 1e-5
+    assert abs(experience.evaluate()[0]["val_kl"]) < 1e-5
+    rows = experience.rollout.rows
+    prompts = [
+        row[:n].tolist() for row, n in zip(rows.tokens_BT, rows.prompt_lengths_B, strict=True)
+    ]
+    uniforms = torch.rand(16, 6, generator=generator, dtype=torch.float64)
+    ends = {"end_id": END, "pad_id": PAD}
+    policy = experience.problem.model.policy
+    expected, other = (
+        sample_responses(policy, prompts, uniforms, temperature=t, **ends) for t in (0.6, 1.0)
+    )
+    assert torch.equal(rows.ids_BR, expected)
+    assert not torch.equal(other, expected)
 
 
 def test_a_single_update_needs_no_scoring_before_it():
@@ -369,14 +393,16 @@ def test_the_value_model_learns_what_is_to_come():
     assert np.mean(explained[16:]) > 0.15
 
 
-def test_pretraining_text_counts_by_its_mean(tmp_path):
+@pytest.mark.parametrize("micro", [16, 3])
+def test_pretraining_text_counts_by_its_mean(micro, tmp_path):
+    """Once in a step, however many micro-batches it has."""
     with ShardWriter(tmp_path / "x.bin", vocab_size=12, tokenizer_hash="0" * 64) as writer:
         writer.append(np.arange(400) % 11)
     shard = open_shard(tmp_path / "x.bin", vocab_size=12, tokenizer_hash="0" * 64)
     text = PackedDataset([shard], 8, seed=1)
-    plain = update(make(), 0)
+    plain = update(make(micro=micro), 0)
     config = dataclasses.replace(SMALL, ptx_coef=2.0, ptx_batch=4)
-    experience = make(config, ptx=text)
+    experience = make(config, micro=micro, ptx=text)
     mixed = update(experience, 0)
     windows = torch.from_numpy(text.rows(np.arange(4)))
     with torch.no_grad():

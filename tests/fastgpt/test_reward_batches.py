@@ -85,7 +85,7 @@ def test_a_prompt_is_on_one_side_of_the_split():
     assert sorted(r.line for r in held + learned) == list(range(60))
     assert split(data, 0.2, seed=4)[0] != held
     assert split(data, 0.0, seed=3)[0] == []
-    with pytest.raises(DataError, match="1 prompts, 1 held out"):
+    with pytest.raises(DataError, match="1 different prompts, 1 held out"):
         split(data[:1], 0.1, seed=3)
 
 
