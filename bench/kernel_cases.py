@@ -1,6 +1,7 @@
 """What ``bench_kernels`` measures: every public kernel, its inputs, its peers, its float64 truth.
 
-Sizes are those of training on a GPU and small ones on a CPU; ``small`` ones serve the check.
+Sizes are those of training on a GPU and small ones on a CPU. ``small`` ones, which serve the check,
+have as many columns as the timed ones: those decide which kernel runs and how it is launched.
 """
 
 from __future__ import annotations
@@ -35,8 +36,12 @@ class Case:
         torch: PyTorch's way to the same numbers, the yardstick.
         exact: the same in float64.
         flops: of forward, and of backward; 0 where memory traffic is the bound.
+        read: positions of inputs that a backward must read, or what it kept in place of them; all
+            if None.
+        written: positions of inputs whose gradients it must write; all that get one if None.
         constant: positions of inputs without gradient.
         compiles: whether PyTorch's way is worth compiling; loops over data are not.
+        others: further peers, by name.
         liger: name of a function of liger-kernel, and how to call it.
     """
 
@@ -50,6 +55,9 @@ class Case:
     constant: tuple[int, ...] = ()
     backward: bool = True
     compiles: bool = True
+    read: tuple[int, ...] | None = None
+    written: tuple[int, ...] | None = None
+    others: tuple[tuple[str, Function], ...] = ()
     liger: tuple[str, Function] | None = None
 
     @property
@@ -58,7 +66,7 @@ class Case:
 
     def peers(self) -> dict[str, Function]:
         """Functions to time beside ours. Compiling is for GPUs: on a CPU ours is compiled too."""
-        found = {"torch": self.torch}
+        found = {"torch": self.torch, **dict(self.others)}
         if GPU and self.compiles:
             found["torch.compile"] = torch.compile(self.torch)
         if GPU and self.liger:
@@ -77,24 +85,29 @@ def normal(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return torch.randn(*shape, device=DEVICE, dtype=dtype)
 
 
-def choose(small: bool, tiny: Any, gpu: Any, cpu: Any) -> Any:
-    return tiny if small else (gpu if GPU else cpu)
+def choose(small: bool, tiny: tuple, gpu: tuple, cpu: tuple) -> tuple:
+    """Sizes; None in ``tiny`` is as in the timed ones."""
+    timed = gpu if GPU else cpu
+    pairs = zip(tiny, timed, strict=True)
+    return tuple(b if a is None else a for a, b in pairs) if small else timed
 
 
 def attention_cases() -> list[Case]:
     def heads(small: bool) -> list[Tensor]:
-        B, H, HK, T, D = choose(small, (2, 4, 2, 96, 64), (4, 16, 4, 4096, 128), (2, 6, 2, 512, 64))
+        B, H, HK, T, D = choose(
+            small, (2, 4, 2, 96, None), (4, 16, 4, 4096, 128), (2, 6, 2, 512, 64)
+        )
         return [normal(B, T, h, D).transpose(1, 2) for h in (H, HK, HK)]
 
     def packed(small: bool) -> list[Tensor]:
-        T, H, D = choose(small, (90, 2, 64), (16384, 16, 128), (1024, 4, 64))
+        T, H, D = choose(small, (90, 2, None), (16384, 16, 128), (1024, 4, 64))
         cuts = [0, T // 8, T // 2, T // 2, T]
         cu = torch.tensor(cuts, dtype=torch.int32, device=DEVICE)
         return [*(normal(T, H, D) for _ in range(3)), cu]
 
     def cached(small: bool) -> list[Tensor]:
         B, S, H, HK, D = choose(
-            small, (2, 70, 4, 2, 64), (32, 8192, 32, 8, 128), (4, 512, 8, 2, 64)
+            small, (2, 70, 4, 2, None), (32, 8192, 32, 8, 128), (4, 512, 8, 2, 64)
         )
         lengths = torch.full((B,), S, dtype=torch.int32, device=DEVICE)
         return [normal(B, 1, H, D), normal(B, S, HK, D), normal(B, S, HK, D), lengths]
@@ -111,11 +124,15 @@ def attention_cases() -> list[Case]:
 
     sizes = [x.shape for x in heads(False)]
     products = 2 * sizes[0][0] * sizes[0][1] * sizes[0][2] ** 2 * sizes[0][3]  # of a causal mask
+    T, H, D = packed(False)[0].shape
+    lengths = T // 8, T // 2 - T // 8, T - T // 2
+    packed_products = 2 * H * D * sum(n * n for n in lengths)
     return [
         Case("attention", "causal_grouped", heads, ours.attention, _sdpa, reference.attention,
              flops=(products, products * 5 // 2)),
         Case("attention_varlen", "4_sequences", packed, ours.attention_varlen, sequences,
              lambda q, k, v, cu: reference.attention_varlen(q, k, v, cu), constant=(3,),
+             flops=(packed_products, packed_products * 5 // 2),
              compiles=False),
         Case("attention_decode", "1_token", cached, ours.attention_decode, step,
              lambda q, k, v, n: step(q, k, v, n), constant=(3,), backward=False),
@@ -128,11 +145,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def loss_cases() -> list[Case]:
     def logits(small: bool) -> list[Tensor]:
-        N, V = choose(small, (40, 1000), (8192, 50257), (256, 50257))
+        N, V = choose(small, (40, None), (8192, 50257), (256, 50257))
         return [normal(N, V), torch.randint(V, (N,), device=DEVICE)]
 
     def hidden(small: bool) -> list[Tensor]:
-        N, D, V = choose(small, (40, 32, 1000), (8192, 2048, 50257), (512, 256, 16384))
+        N, D, V = choose(small, (40, None, None), (8192, 2048, 50257), (512, 256, 16384))
         weight = normal(V, D) * D**-0.5
         return [normal(N, D), weight, torch.randint(V, (N,), device=DEVICE)]
 
@@ -143,6 +160,11 @@ def loss_cases() -> list[Case]:
         logs = F.log_softmax(F.linear(x, w).float(), -1)
         return logs.gather(-1, t[:, None])[:, 0], -(logs.exp() * logs).sum(-1)
 
+    def chunked(x, w, t):
+        options = torch.nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(x, w, t, options=options)
+
+    native = (("torch.chunked", chunked),) if hasattr(F, "linear_cross_entropy") else ()
     x, w, _ = hidden(False)
     gemm = 2 * x.shape[0] * x.shape[1] * w.shape[0]
     return [
@@ -150,7 +172,7 @@ def loss_cases() -> list[Case]:
              reference.cross_entropy, constant=(1,),
              liger=("liger_cross_entropy", lambda f, x, t: f(x, t))),
         Case("linear_cross_entropy", "head", hidden, ours.linear_cross_entropy, head_loss,
-             reference.linear_cross_entropy, (gemm, 2 * gemm), constant=(2,),
+             reference.linear_cross_entropy, (gemm, 2 * gemm), constant=(2,), others=native,
              liger=("liger_fused_linear_cross_entropy", lambda f, x, w, t: f(x, w, t))),
         Case("linear_log_probs", "head", hidden, ours.linear_log_probs, log_probs,
              reference.linear_log_probs, (gemm, 2 * gemm), constant=(2,)),
@@ -160,7 +182,7 @@ def loss_cases() -> list[Case]:
 def norm_cases() -> list[Case]:
     def rows(parameters: int, residual: bool) -> Callable[[bool], list[Tensor]]:
         def make(small: bool) -> list[Tensor]:
-            N, D = choose(small, (24, 256), (16384, 4096), (2048, 768))
+            N, D = choose(small, (24, None), (16384, 4096), (2048, 768))
             return [normal(N, D) for _ in range(1 + residual)] + [
                 1 + 0.1 * normal(D) for _ in range(parameters)
             ]
@@ -185,22 +207,24 @@ def norm_cases() -> list[Case]:
         Case("rms_norm", "rows", rows(1, False), rms(ours.rms_norm), rms(F.rms_norm),
              rms(F.rms_norm), liger=("liger_rms_norm", lambda f, x, w: f(x, w, 1e-5))),
         Case("add_layer_norm", "rows", rows(2, True),
-             lambda x, r, w, b: ours.add_layer_norm(x, r, w.shape, w, b), add_layer, add_layer),
+             lambda x, r, w, b: ours.add_layer_norm(x, r, w.shape, w, b), add_layer, add_layer,
+             read=(0, 2), written=(0, 2, 3)),  # of x + r, whose gradient is that of both
         Case("add_rms_norm", "rows", rows(1, True),
-             lambda x, r, w: ours.add_rms_norm(x, r, w.shape, w, 1e-5), add_rms, add_rms),
+             lambda x, r, w: ours.add_rms_norm(x, r, w.shape, w, 1e-5), add_rms, add_rms,
+             read=(0, 2), written=(0, 2)),
     ]  # fmt: skip
 
 
 def pointwise_cases() -> list[Case]:
     def halves(small: bool) -> list[Tensor]:
-        N, D = choose(small, (24, 256), (16384, 11008), (1024, 2048))
+        N, D = choose(small, (24, None), (16384, 11008), (1024, 2048))
         return [normal(N, D), normal(N, D)]
 
     def one(small: bool) -> list[Tensor]:
         return halves(small)[:1]
 
     def heads(small: bool) -> list[Tensor]:
-        B, H, T, D = choose(small, (2, 2, 24, 64), (8, 32, 4096, 128), (2, 6, 512, 64))
+        B, H, T, D = choose(small, (2, 2, 24, None), (8, 32, 4096, 128), (2, 6, 512, 64))
         angles = torch.arange(T, device=DEVICE)[:, None] * 1e4 ** -(
             torch.arange(D // 2) / D * 2
         ).to(DEVICE)
@@ -212,7 +236,7 @@ def pointwise_cases() -> list[Case]:
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
     def episodes(small: bool) -> list[Tensor]:
-        B, T = choose(small, (4, 60), (512, 2048), (64, 512))
+        B, T = choose(small, (4, None), (512, 2048), (64, 512))
         mask = torch.rand(B, T, device=DEVICE) > 0.1
         return [*(normal(B, T, dtype=torch.float32) for _ in range(2)), mask]
 
@@ -236,7 +260,7 @@ def pointwise_cases() -> list[Case]:
         return F.relu(x).square()
 
     return [
-        Case("rotary", "heads", heads, ours.rotary, rotated, rotated, constant=(1, 2)),
+        Case("rotary", "heads", heads, ours.rotary, rotated, rotated, constant=(1, 2), read=(1, 2)),
         Case("swiglu", "rows", halves, ours.swiglu, gated(F.silu), gated(F.silu),
              liger=("liger_swiglu", lambda f, a, b: f(a, b))),
         Case("geglu", "rows", halves, ours.geglu, gated(F.gelu), gated(F.gelu)),
