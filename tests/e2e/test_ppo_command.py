@@ -10,6 +10,7 @@ import pytest
 import torch
 from runs import assert_refused, assert_same_run, log
 
+from fastgpt.checkpoint import load_checkpoint
 from fastgpt.run import load_model
 
 MODEL, FUNCTION = ("--reward", "reward"), ("--reward-fn", "letters:vowels")
@@ -60,6 +61,18 @@ def test_the_run_is_opened_as_its_policy(finished, sft_run):
     assert config["model"]["vocab_size"] == tokenizer.vocab_size
 
 
+def test_the_value_model_begins_as_the_reward_model(ppo, reward_run, tmp_path):
+    """With its normalisation: values are in the units of the scores."""
+    run = tmp_path / "run"
+    ppo("--out", run, *MODEL, "--steps", 1, "--lr", 1e-12)
+    value = load_checkpoint(run / "checkpoints").tensors["value"]
+    reward = load_checkpoint(reward_run / "checkpoints").tensors["reward"]
+    assert value.keys() == reward.keys()
+    assert reward["gain"] != 1
+    for name in reward:
+        torch.testing.assert_close(value[name], reward[name], atol=1e-6, rtol=1e-6)
+
+
 VARIANTS = {
     "ppo": [*MODEL, "--ptx-coef", 1.0, "--ptx-batch", 2, "--micro-batch", 3],
     "grpo": [*FUNCTION, "--algorithm", "grpo", "--group", 4],
@@ -100,11 +113,12 @@ def test_nothing_need_be_held_out(ppo, tmp_path):
 
 
 def test_two_processes_are_one_and_resume(ppo, tmp_path):
-    """Each samples, scores and learns from its half of the rows."""
+    """Each samples, scores and learns from its half of the rows, and of the pretraining text."""
     one, two, parts = tmp_path / "one", tmp_path / "two", tmp_path / "parts"
-    ppo("--out", one, *MODEL, "--stop-at", 6, expect=75)
-    ppo.on_two("--out", two, *MODEL, "--stop-at", 6, expect=75)
-    ppo.on_two("--out", parts, *MODEL, "--stop-at", 3, expect=75)
+    options = [*MODEL, "--ptx-coef", 0.5, "--ptx-batch", 4]
+    ppo("--out", one, *options, "--stop-at", 6, expect=75)
+    ppo.on_two("--out", two, *options, "--stop-at", 6, expect=75)
+    ppo.on_two("--out", parts, *options, "--stop-at", 3, expect=75)
     ppo.on_two("--resume", parts, "--stop-at", 6, expect=75)
     assert_same_run(two, parts, 6)
     for a, b in zip(log(one), log(two), strict=True):

@@ -368,6 +368,23 @@ def test_the_kl_coefficient_by_default(algorithm, coef, adapts):
     assert experience.kl_coef < 0.3
 
 
+def test_values_are_in_the_units_of_the_scores():
+    """Of the reward model, as normalised: what stands before a token says what will be scored."""
+    experience = make()
+    value = experience.problem.model.value
+    assert value is not None
+    with torch.no_grad():
+        value.normalize(0.5, 0.25)
+        experience.batches(0)
+        rollout = experience.rollout
+        assert rollout is not None
+        rows, found = rollout.rows, rollout.columns["old_values"]
+        expected = value.values(rows.tokens_BT)
+    for b, n in enumerate(rows.prompt_lengths_B.tolist()):
+        length = int(rows.mask_BR[b].sum())
+        torch.testing.assert_close(found[b, :length], expected[b, n - 1 : n - 1 + length])
+
+
 def test_the_value_model_can_learn_alone_first():
     experience = make(dataclasses.replace(SMALL, critic_warmup=1))
     update(experience, 0)
