@@ -82,11 +82,37 @@ def test_command(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_kernelize(repository, monkeypatch):
+@pytest.fixture
+def kernels():
     pytest.importorskip("transformers", reason="pip install transformers")
-    kernels = pytest.importorskip("kernels")
-    if not hasattr(kernels, "kernelize"):
+    module = pytest.importorskip("kernels")
+    if not hasattr(module, "kernelize"):
         pytest.skip("pip install kernels (the folder of that name here is no package)")
+    return module
+
+
+def name_layer(monkeypatch, kind, name):
+    """What ``use_kernel_forward_from_hub`` does, undone after."""
+    monkeypatch.setattr(kind, "kernel_layer_name", name, raising=False)
+    monkeypatch.setattr(kind, "kernel_condition", staticmethod(lambda module: True), raising=False)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_example(repository, monkeypatch):
+    """That of kernels/README.md, on a CPU."""
+    from patch_models import llama
+    from transformers.models.llama import modeling_llama
+
+    name_layer(monkeypatch, modeling_llama.LlamaRMSNorm, "RMSNorm")
+    readme = (Path(__file__).parents[2] / "kernels" / "README.md").read_text()
+    example = re.findall(r"<!-- test: hub -->\n```python\n(.*?)```", readme, re.DOTALL)[0]
+    model = llama()
+    exec(example.replace('"OUT"', repr(str(repository))).replace("cuda", "cpu"), {"model": model})
+    replaced = [type(m).__name__ for m in model.modules() if "forward" in vars(m)]
+    assert set(replaced) == {"LlamaRMSNorm"}
+
+
+def test_kernelize(repository, kernels, monkeypatch):
     from patch_models import assert_equal_models, batch, gpt2, llama, reference_results, results
     from transformers import activations
     from transformers.models.llama import modeling_llama
@@ -97,11 +123,8 @@ def test_kernelize(repository, monkeypatch):
         modeling_llama.LlamaMLP: "MLP",
         activations.NewGELUActivation: "NewGELU",
     }
-    for kind, name in named.items():  # what `replace_kernel_forward_from_hub` does, undone after
-        monkeypatch.setattr(kind, "kernel_layer_name", name, raising=False)
-        monkeypatch.setattr(
-            kind, "kernel_condition", staticmethod(lambda module: True), raising=False
-        )
+    for kind, name in named.items():
+        name_layer(monkeypatch, kind, name)
     mapping = {
         name: {"cpu": kernels.LocalLayerRepository(repository, layer_name=name)} for name in LAYERS
     }

@@ -1,4 +1,7 @@
-"""The swap-in examples of kernels/README.md, run as they stand (three more: test_modules.py)."""
+"""The swap-in examples of kernels/README.md, run as they stand.
+
+The first three are in ``test_modules.py``, the last in ``test_hub.py``.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,9 @@ def run(example: str) -> dict:
 def test_every_function_and_example_is_there():
     missing = [name for name in public if f"`{name}`" not in README]
     assert missing == []
-    assert list(EXAMPLES) == ["functions", "modules", "head", "patch", "transformers", "interface"]
+    assert list(EXAMPLES) == [
+        *("functions", "modules", "head", "patch", "transformers", "interface", "hub")
+    ]
 
 
 def test_patch(capsys):
