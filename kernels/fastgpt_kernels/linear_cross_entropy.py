@@ -311,8 +311,9 @@ def linear_cross_entropy(
         input_ND: hidden states (N, D), float32, float16 or bfloat16.
         linear_weight_VD: weight of the output layer (V, D), same dtype, or float32: a master
             weight, which is cast to the input's dtype and gets a float32 gradient.
-        target_N: class indices (N,), any integer dtype.
-        linear_bias: bias of the output layer (V,), same dtype.
+        target_N: class indices (N,), any integer dtype. On a GPU an index outside [0, V) other than
+            ``ignore_index`` makes its row's loss NaN; on the CPU it raises.
+        linear_bias: bias of the output layer (V,), in the dtype of the input.
         ignore_index: see ``cross_entropy``, as the rest.
         reduction: "mean", "sum" or "none".
         label_smoothing: weight of the uniform distribution in the target.
