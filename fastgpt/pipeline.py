@@ -280,15 +280,15 @@ def stage_table(
     """A row for each stage and one for the evaluation: data, steps, targets, time, share, cost."""
     total = sum(seconds.values())
     rows = []
+    units = (("tokens", "tokens"), ("prompts", "prompts"), ("tokens_read", "tokens"))
     for stage, spent in seconds.items():
         last = metrics[stage][-1] if metrics.get(stage) else {}
         row: dict[str, Any] = {
             "stage": stage,
             "data": data.get(stage),
             "steps": last.get("step"),
-            "trained on": next(
-                (f"{last[unit]:,} {unit}" for unit in ("tokens", "prompts") if unit in last), None
-            ),
+            "trained on": ", ".join(f"{last[key]:,} {unit}" for key, unit in units if key in last)
+            or None,
             "time": f"{spent:.0f} s",
             "share": f"{100 * spent / total:.0f} %",
         }

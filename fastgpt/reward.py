@@ -118,10 +118,12 @@ class Stage:
     right: Any = 0.0
     """Right pairs of this process in the current step, and how many there are."""
     pairs: int = 0
+    used: int = 0
+    """Rankings up to the current step, over all processes."""
 
     def batches(self, step: int) -> list[dict[str, Tensor]]:
         """See `fastgpt.trainer.Batches`."""
-        self.right, self.pairs = 0.0, 0
+        self.right, self.pairs, self.used = 0.0, 0, (step + 1) * self.prompts
         return self.train.step(step, self.prompts, rank=self.world.rank, world_size=self.world.size)
 
     def loss(self, model: RewardModel, batch: Batch) -> Tensor:
@@ -132,9 +134,9 @@ class Stage:
         return loss
 
     def metrics(self) -> dict[str, float]:
-        """Accuracy on the pairs of the last step, before its update."""
+        """Accuracy on the pairs of the last step, before its update; tokens read so far."""
         right, pairs = self.world.sum([float(self.right), self.pairs])
-        return {"accuracy": right / pairs}
+        return {"accuracy": right / pairs, "tokens_read": self.train.tokens_before(self.used)}
 
     def evaluate(self) -> dict[str, float]:
         """Normalise the scores; loss and accuracy on the held-out prompts."""

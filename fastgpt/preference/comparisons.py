@@ -171,11 +171,23 @@ class PackedComparisons:
         self, step: int, prompts: int, *, rank: int = 0, world_size: int = 1, predict: bool = False
     ) -> list[dict[str, Tensor]]:
         """This rank's micro-batches of optimizer step ``step``, ``prompts`` over all ranks."""
-        g = np.arange(step * prompts + rank, (step + 1) * prompts, world_size)
-        n = len(self)
-        seeds = mix64(mix64(self.seed) + (g // n).astype(np.uint64))
-        members = permute(g % n, n, seeds).tolist()
+        members = self._members(step * prompts + rank, (step + 1) * prompts, world_size)
         return [self.batch(group, predict=predict) for group in self.groups(members)]
+
+    def _members(self, begin: int, end: int, every: int = 1) -> list[int]:
+        g, n = np.arange(begin, end, every), len(self)
+        seeds = mix64(mix64(self.seed) + (g // n).astype(np.uint64))
+        return permute(g % n, n, seeds).tolist()
+
+    def tokens_before(self, g: int) -> int:
+        """Ids of prompts and answers, each answer with its prompt, of comparisons [0, g) of a run.
+
+        A function of ``g`` alone, so that a resumed run counts on.
+        """
+        n = len(self)
+        sizes = [sum(lengths) for lengths in self.lengths]
+        begun = self._members(g - g % n, g)
+        return g // n * sum(sizes) + sum(sizes[i] for i in begun)
 
     def all(
         self, *, rank: int = 0, world_size: int = 1, predict: bool = False

@@ -177,6 +177,9 @@ def test_shares_and_costs_add_up():
     assert [row.get("data") for row in rows] == ["a.txt", None, None]
     assert rows[0]["steps"] == 9
     assert rows[0]["trained on"] == "45 tokens"
+    read = {"reward": [{"step": 2, "prompts": 1200, "tokens_read": 34567}]}
+    (row, _) = stage_table(read, {"reward": 1.0}, 0.0, {})
+    assert row["trained on"] == "1,200 prompts, 34,567 tokens"
     assert [row["share"] for row in rows] == ["75 %", "25 %", "100 %"]
     assert [row["cost"] for row in rows] == ["0.075", "0.025", "0.100"]
     assert "cost" not in stage_table(metrics, {"sft": 30.0}, 0.0, {})[0]

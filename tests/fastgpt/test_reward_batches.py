@@ -126,6 +126,17 @@ def test_every_comparison_comes_once_an_epoch_whole_in_a_micro_batch():
     assert epochs[0] != epochs[1]
 
 
+def test_tokens_are_those_of_the_steps_before():
+    """Also over the end of an epoch, and at it."""
+    packed = PackedComparisons(comparisons(12), 24, 4, seed=5)
+    read = 0
+    for step in range(6):
+        assert packed.tokens_before(5 * step) == read
+        for batch in packed.step(step, 5):
+            read += int((batch["positions_BT"].flatten()[batch["last_R"]] + 1).sum())
+    assert packed.tokens_before(24) == 2 * sum(map(sum, packed.lengths))
+
+
 @pytest.mark.parametrize("prompts", [5, 8])
 def test_ranks_share_a_step(prompts):
     packed = PackedComparisons(comparisons(37), 24, 4, seed=5)
