@@ -39,7 +39,7 @@ from bench.processor import processor
 CASES = kernel_cases.all_cases()
 
 RESULTS = Path(__file__).parent / "results"
-ROUNDS = 32 if GPU else 8
+ROUNDS = 32 if GPU else 16
 DIRECTIONS = ("forward", "backward", "both")
 PEAKS = {  # dense bf16 TFLOP/s and TB/s as the makers state them
     "A100-SXM4-80GB": (312, 2.039),
