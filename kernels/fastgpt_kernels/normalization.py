@@ -113,7 +113,9 @@ def _launch_bwd(
     n_rows, n_cols = x_layout.n_rows, x_layout.n_cols
     dx = x.new_empty(x.shape)
     if x.numel() == 0:
-        return dx, x.new_zeros(n_cols * (weight is not None)), x.new_zeros(n_cols * has_bias)
+        widths = n_cols * (weight is not None), n_cols * has_bias
+        dw, db = (x.new_zeros(width, dtype=torch.float32) for width in widths)
+        return dx, dw, db
     w = dx if weight is None else weight.contiguous()
     flags: dict[str, Any] = {
         **{"RMS": rms, "HAS_TOTAL": dtotal is not None},

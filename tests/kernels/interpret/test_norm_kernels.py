@@ -332,3 +332,14 @@ def test_wide_backward_reads_again_from_the_cache(monkeypatch):
     monkeypatch.setattr(normalization, "INTERPRETED_L2", 1 << 30)
     moved, *_ = _counted_backward(rows, columns, torch.bfloat16, True)
     assert _missed(moved, size) > 1.3 * compulsory
+
+
+def test_gradients_of_no_rows_are_as_described():
+    """torch.compile trusts the description of an operator: sums in float32."""
+    x, w, statistics = torch.randn(0, 8).bfloat16(), torch.randn(8).bfloat16(), torch.empty(0)
+    arguments = x, x, statistics, statistics, w, True, 1, False
+    dx, dw, db = torch.ops.fastgpt_kernels.norm_bwd(*arguments)
+    assert torch.equal(dw, torch.zeros(8))
+    assert torch.equal(db, torch.zeros(8))
+    assert (dx.shape, dx.dtype) == (x.shape, x.dtype)
+    torch.library.opcheck(torch.ops.fastgpt_kernels.norm_bwd.default, arguments)
