@@ -30,6 +30,7 @@ calculation for softmax (arXiv 1805.02867).
 from __future__ import annotations
 
 from fastgpt_kernels._attention_blocks import (
+    capped,
     key_block,
     key_plan,
     load_tile,
@@ -37,7 +38,6 @@ from fastgpt_kernels._attention_blocks import (
     multiply_subtract,
     query_block,
     query_plan,
-    tanh,
     tile,
 )
 from fastgpt_kernels._common import tl, triton
@@ -62,7 +62,7 @@ def fwd_loop(
         k = load_tile(k_pointers, keys < S, col_ok, MASKED, MASK_COLS)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP:
-            x = tanh(x * score_in)
+            x = capped(x, score_in, q.dtype == tl.float32)
         if MASKED:
             x = tl.where(
                 (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), x, -float("inf")
@@ -161,7 +161,7 @@ def _dq_loop(
         v = load_tile(v_pointers, keys < S, col_ok, MASKED, MASK_COLS)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP:
-            x = tanh(x * score_in)
+            x = capped(x, score_in, q.dtype == tl.float32)
         p = tl.exp2(x * score_log2 - lse[:, None])
         if MASKED:
             p = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), p, 0.0)
@@ -185,6 +185,7 @@ def bwd_dq_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     DOCS: tl.constexpr, VARLEN: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED_LAST: tl.constexpr = False,  # pyright: ignore[reportArgumentType]
 ):  # fmt: skip
     """One block of queries of one head: dq (B, T, H, D), and delta (B, H, T) for dk."""
     start_m, head, at_q, at_k, row, stats, T, S = query_block(
@@ -221,16 +222,16 @@ def bwd_dq_kernel(
     q = load_tile(q_tile, row_ok, col_ok, True, MASK_COLS)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    acc = _dq_loop(
-        acc, q, do, lse, delta, k_tile, v_tile, stride_ks, stride_vs, lo, hi, col_ok, S,
-        first, n_head, n_full * BLOCK_N, n_edge, score_in, score_log2,
-        True, SOFTCAP, MASK_COLS, BLOCK_N, PRECISION,
-    )  # fmt: skip
-    acc = _dq_loop(
-        acc, q, do, lse, delta, k_tile, v_tile, stride_ks, stride_vs, lo, hi, col_ok, S,
-        full, 0, 0, n_full, score_in, score_log2,
-        False, SOFTCAP, MASK_COLS, BLOCK_N, PRECISION,
-    )  # fmt: skip
+    # Which comes first decides what stays in registers meanwhile.
+    FIRST: tl.constexpr = 0 if MASKED_LAST else 1
+    STEP: tl.constexpr = 1 - 2 * FIRST
+    for masked in tl.static_range(FIRST, FIRST + 2 * STEP, STEP):
+        acc = _dq_loop(
+            acc, q, do, lse, delta, k_tile, v_tile, stride_ks, stride_vs, lo, hi, col_ok, S,
+            first if masked else full, n_head, n_full * BLOCK_N, n_edge if masked else n_full,
+            score_in, score_log2,
+            masked, SOFTCAP, MASK_COLS, BLOCK_N, PRECISION,
+        )  # fmt: skip
     dq_tile = tile(dq_ptr + out_base, rows, n_heads * HEAD_DIM, cols, 1)
     dq = (acc * scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_tile, dq, mask=row_ok[:, None] & col_ok[None, :])
@@ -277,7 +278,7 @@ def _dkv_loop(
             delta = tl.load(delta_ptr + stats)
         x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if SOFTCAP:
-            x = tanh(x * score_in)
+            x = capped(x, score_in, q.dtype == tl.float32)
         p = tl.exp2(x * score_log2 - lse[None, :])
         if MASKED:
             p = tl.where((rows[None, :] >= lo[:, None]) & (rows[None, :] < hi[:, None]), p, 0.0)

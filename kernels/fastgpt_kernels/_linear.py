@@ -73,6 +73,8 @@ def check_linear(
             f"{name}: {names[0]} must be (..., D) and {names[1]} (V, D), got shapes "
             f"{tuple(input.shape)} and {tuple(weight.shape)}"
         )
+    if weight.shape[0] == 0:
+        raise ValueError(f"{name}: {names[1]} has no row, so no class to predict")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
             f"{name}: {names[2]} must be ({weight.shape[0]},), got shape {tuple(bias.shape)}"

@@ -298,13 +298,13 @@ def whole_row_kernel(
         raw = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         x = tl.where(inside, _capped(raw, softcap, inv_softcap, SOFTCAP), float("-inf"))
         top = tl.maximum(tl.max(x, axis=0) * LOG2E, LOWEST)
-        e = tl.exp2(tl.fma(x, LOG2E, -top))
-        total = tl.sum(e, axis=0)
         row_sum = top
         if SMOOTHING:
             row_sum = tl.sum(tl.where(inside, x, 0.0), axis=0)
         own = lanes == target_col
         target_logit = tl.sum(tl.where(own, x, 0.0), axis=0)
+        e = tl.exp2(tl.fma(x, LOG2E, -top))  # last, when x is no longer needed: fewer registers
+        total = tl.sum(e, axis=0)
         valid = (target_col >= 0) & (target_col < n_cols)
         target_logit = tl.where(valid, target_logit, float("nan"))
         value = _row_loss(

@@ -314,9 +314,11 @@ def check_types(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{name}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
 
 
-def check_positive(name: str, **options: float | None) -> None:
-    """Raise ValueError for an option that is neither None nor positive."""
-    for option, value in options.items():
+def check_positive(name: str, window: int | None, **options: float | None) -> None:
+    """Raise ValueError for an option that is neither None nor positive, or a part of a key."""
+    if isinstance(window, float):
+        raise ValueError(f"{name}: window is {window}, it must be a whole number (or None)")
+    for option, value in {"window": window, **options}.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name}: {option} is {value}, it must be positive (or None)")
 

@@ -119,6 +119,7 @@ BAD = [
     ({"v": (2, 2, 9, 16)}, {}, "twice the same"),
     ({"q": (4, 8, 16)}, {}, "twice the same"),
     ({}, {"window": 0}, "window is 0"),
+    ({}, {"window": 2.5}, "window is 2.5, it must be a whole number"),
     ({}, {"scale": -1.0}, "scale is -1.0"),
     ({}, {"softcap": 0.0}, "softcap is 0.0"),
     ({}, {"doc_start": torch.zeros(2, 9, dtype=torch.int32)}, "doc_start"),

@@ -168,6 +168,7 @@ def test_float32_master_weight():
     [
         ({"input_ND": torch.randn(2, 3, 8)}, "flatten"),
         ({"linear_weight_VD": torch.randn(5, 7)}, "shapes"),
+        ({"linear_weight_VD": torch.randn(0, 8)}, "no class to predict"),
         ({"linear_bias": torch.randn(4)}, "linear_bias"),
         ({"linear_weight_VD": torch.randn(5, 8).half()}, "dtype"),
         ({"target_N": torch.zeros(3, dtype=torch.int64)}, "target"),
