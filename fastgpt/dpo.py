@@ -93,6 +93,7 @@ def dpo(config: DPOConfig, world: World) -> None:
         stage_state=stage,
         counted="prompts",
         began=lambda: save_config(config, run),
+        varying=True,
     )
     if world.rank == 0:
         finish(config, run, stage, tokenizer, result.evaluation)

@@ -82,6 +82,8 @@ class Context:
     cache: KVCache | None
     places_N: Tensor | None = None
     """Of the flattened (B, T): the only ones that a block is to go on with."""
+    few: bool = False
+    """Whether there are no more places than a row is long, so that they alone attend."""
 
 
 def rotate(x_BHTD: Tensor, angles: Rotary) -> Tensor:
@@ -119,7 +121,7 @@ class Attention(nn.Module):
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)
         places_N = context.places_N
-        if places_N is not None and len(places_N) <= q.shape[2]:
+        if places_N is not None and context.few:
             out_NHD = attention_at(places_N, q, k, v, context.doc_start_BT, self.window)
             return self.proj(out_NHD.flatten(1))
         out_BHTD = attention(
@@ -188,9 +190,15 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp_norm = None if config.parallel else Norm(config.n_embd, config)
         self.mlp = MLP(config)
+        self.run = self.compute
+        """What `forward` calls, see `fastgpt.compiled`."""
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C), or (N, C) at the places of ``context``."""
+        return self.run(x_BTC, context)
+
+    def compute(self, x_BTC: Tensor, context: Context) -> Tensor:
+        """`forward`, uncompiled."""
         h = self.attn_norm(x_BTC)
         update = self.attn(h, context)
         x, h = (_at(context.places_N, part) for part in (x_BTC, h))
@@ -284,7 +292,8 @@ class GPT(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             x_BTC = block(x_BTC, context)
-        x = last(x_BTC, replace(context, places_N=places))
+        few = places is not None and len(places) <= T
+        x = last(x_BTC, replace(context, places_N=places, few=few))
         if cache is not None:
             cache.length += T
         return self.norm(x)

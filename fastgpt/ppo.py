@@ -117,6 +117,7 @@ def ppo(config: PPOConfig, world: World) -> None:
             metrics=experience.metrics,
             stage_state=experience,
             began=lambda: save_config(config, run),
+            varying=True,
         )
     if world.rank == 0:
         finish(config, run, result.evaluation)
@@ -147,15 +148,13 @@ def _start(
     return config, model, _frozen(reference, config.train.compile), tokenizer
 
 
-def _frozen(module: Any, compile_blocks: bool) -> Any:
+def _frozen(module: Any, compiled: bool) -> Any:
     """``module`` for scoring alone."""
-    from fastgpt.model import Block
+    from fastgpt.compiled import compile_blocks
 
     module.requires_grad_(False).eval()
-    if compile_blocks:
-        for part in module.modules():
-            if isinstance(part, Block):
-                part.compile()
+    if compiled:
+        compile_blocks(module, varying=True)
     return module
 
 

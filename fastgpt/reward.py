@@ -97,6 +97,7 @@ def reward(config: RewardConfig, world: World) -> None:
         stage_state=stage,
         counted="prompts",
         began=lambda: save_config(config, run),
+        varying=True,
     )
     if world.rank == 0:
         finish(config, run, stage, result.evaluation)

@@ -30,12 +30,12 @@ from fastgpt.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
+from fastgpt.compiled import compile_blocks
 from fastgpt.config import ModelConfig, OptimConfig, TrainConfig
 from fastgpt.data.batches import IGNORE_INDEX, MicroBatch
 from fastgpt.distributed import World
 from fastgpt.errors import DataError, DivergedError, Preempted, UsageError
 from fastgpt.hardware import peak_flops
-from fastgpt.model import Block
 from fastgpt.optim import Optimizers, clip_gradients
 from fastgpt.progress import Progress
 from fastgpt.rundir import MetricsLog, RunDir
@@ -155,6 +155,7 @@ def train(
     stage_state: StageState | None = None,
     counted: str = "tokens",
     began: Callable[[], None] | None = None,
+    varying: bool = False,
 ) -> Result:
     """Train ``model`` in place up to ``config.steps`` optimizer steps.
 
@@ -176,13 +177,14 @@ def train(
         counted: what a target is, the name of their number in metrics.jsonl.
         began: called by rank 0 when nothing can refuse the run any more. Settings are saved there:
             a resume that is refused must leave those that the run can go on with.
+        varying: batches differ in their rows and widths, see `fastgpt.compiled`.
 
     Raises:
         Preempted: asked to end early; a checkpoint is saved.
         DivergedError: ``skip_budget`` steps in a row were not finite.
         UsageError: no room for checkpoints, or ``stop_at`` is behind the run.
     """
-    loop = _Loop(model, loss_fn, config, optim, world, seq_len, stage_state)
+    loop = _Loop(model, loss_fn, config, optim, world, seq_len, stage_state, varying)
     if resume is not None:
         with world.together():
             loop.restore(resume)
@@ -267,6 +269,7 @@ class _Loop:
         world: World,
         seq_len: int,
         stage_state: StageState | None,
+        varying: bool,
     ):
         self.model, self.config, self.optim, self.world = model, config, optim, world
         self.stage_state = stage_state
@@ -276,9 +279,7 @@ class _Loop:
         self.peak_flops = peak_flops(world.device, shape.compute_dtype) * world.size
         self.flops_per_token = shape.config.flops_per_token(seq_len)
         if config.compile:
-            for module in model.modules():
-                if isinstance(module, Block):
-                    module.compile()
+            compile_blocks(model, varying=varying)
         module = _LossModule(model, loss_fn)
         gpu_ids = [world.device] if world.device.type == "cuda" else None
         self.ddp = DistributedDataParallel(module, gpu_ids) if world.size > 1 else None

@@ -23,7 +23,7 @@ ARROWS = """
     output      progress rundir chart page report       <- errors config
     commands    bpe.commands                            <- errors config data output tokenizer
     machine     memory hardware distributed             <- errors
-    model       model optim lora decoder cached_attention _attend               <- errors config
+    model       model compiled optim lora decoder cached_attention _attend      <- errors config
     checkpoint  tensorfile manifest checkpoint          <- errors
     trainer     trainer evaluation loss                 <- errors config data output machine model checkpoint
     run         run launch plan generate answers export convert modeling_fastgpt                <- errors config data output machine model checkpoint trainer tokenizer

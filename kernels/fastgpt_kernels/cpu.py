@@ -84,8 +84,9 @@ def worth_fusing(x: Tensor, at_least: int = MIN_FUSED) -> bool:
     Not for few elements, where the call costs more than the passes, and not for float64, which
     accuracy is measured by.
     """
-    large = x.numel() >= at_least and x.dtype != torch.float64
-    return large and not torch.compiler.is_compiling() and _can_compile()
+    if torch.compiler.is_compiling():  # first: a size asked for would become part of the code
+        return False
+    return x.numel() >= at_least and x.dtype != torch.float64 and _can_compile()
 
 
 def exp_below(below_top: Tensor) -> Tensor:

@@ -82,6 +82,29 @@ def test_the_real_launcher_passes_a_signal_on_and_the_run_goes_on_exactly(stage,
     assert_same_run(whole, run, stopped + 3)
 
 
+@FULL
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@stages()
+def test_a_compiled_run_resumes_exactly(stage, dtype, tmp_path):
+    """A resume meets other sizes of batches first, of which the compiled code must not depend.
+
+    In real interpreters: a server that forks must not hold a compiler's threads.
+    """
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+
+    def run(*more: object) -> None:
+        words = stage.words(*more)
+        done = real_python(["-m", f"fastgpt.{stage.module}", *words], cwd=stage.shell.cwd)
+        assert done.returncode == 75, done.stdout
+
+    new = ("--steps", STEPS, *options(stage), "--compile", "--dtype", dtype)
+    run("--out", whole, *new, "--stop-at", 10)
+    run("--out", parts, *new, "--stop-at", 3)
+    for step in (5, 8, 10):
+        run("--resume", parts, "--stop-at", step)
+    assert_same_run(whole, parts, 10)
+
+
 @stages("dpo")
 def test_changed_data_cannot_be_resumed(stage, tmp_path):
     data, run = tmp_path / "data.jsonl", tmp_path / "run"

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastgpt.compiled import compile_blocks
 from fastgpt.config import ModelConfig
 from fastgpt.data.packing import PackedExamples, all_batches, pack, step_batches
 from fastgpt.model import GPT
@@ -241,8 +242,7 @@ def test_nor_in_training_compiled(dtype, seeded):
     model = GPT(
         ModelConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=96, context=T, **shape), dtype
     )
-    for block in model.blocks:
-        block.compile()
+    compile_blocks(model, varying=False)
     assert_blind(
         model,
         lambda model, batch: model(
