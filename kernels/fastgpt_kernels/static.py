@@ -469,6 +469,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("bench/results"))
     parser.add_argument("--accept", action="store_true", help="record the numbers of clean cases")
     options = parser.parse_args(arguments)
+    if options.accept and not options.results.is_dir():
+        parser.error(f"--results {options.results}: no such directory; give that of the tables")
     failed = False
     for arch in options.arch:
         cases = select(kernel_cases(), arch, options.match, options.main)

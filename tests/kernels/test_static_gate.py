@@ -122,6 +122,12 @@ def test_accepted_numbers_only_improve(change, message, tmp_path):
     assert message in found
 
 
+def test_accepting_into_no_directory_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        static.main(["--match", "gae", "--accept", "--results", str(tmp_path / "none")])
+    assert "none: no such directory; give that of the tables" in capsys.readouterr().err
+
+
 def test_retuning_frees_only_the_numbers_that_depend_on_the_tile():
     row = {"configuration": {"BLOCK_M": 64}, **dataclasses.asdict(CLEAN)}
     retuned = {**row, "configuration": {"BLOCK_M": 128}, "loop_instructions": 900, "warps": 4}
