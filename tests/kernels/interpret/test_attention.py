@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt_kernels import reference
-from fastgpt_kernels._common import lookup_config
+from fastgpt_kernels._attention_blocks import capped
+from fastgpt_kernels._common import lookup_config, tl, triton
 from fastgpt_kernels.attention import attention, attention_with_lse
 
 # The package exports the function under the module's name.
@@ -213,6 +214,26 @@ def test_documents_at_block_edges_with_window_and_softcap():
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
 def test_softcap(softcap, dtype):
     judge(70, 32, (1, 1), dtype, softcap=softcap)
+
+
+@triton.jit
+def capped_kernel(x_ptr, out_ptr, scale, EXACT: tl.constexpr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out_ptr + at, capped(tl.load(x_ptr + at), scale, EXACT))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_tanh_of_the_cap(exact):
+    """The quick form is for 16-bit scores, whose rounding would hide a thousand times its error."""
+    size = torch.logspace(-6, 5, 1023)
+    x = torch.cat((size, torch.zeros(2), -size))
+    out = torch.empty_like(x)
+    capped_kernel[(1,)](x, out, 0.3, exact, len(x))
+    expected = (x.double() * torch.tensor(0.3, dtype=torch.float32).double()).tanh()
+    error = (out.double() - expected).abs()
+    assert error.max() <= 2.0**-20
+    if exact:
+        assert (error <= 1e-6 * expected.abs()).all()
 
 
 def test_softcap_is_exact_where_tanh_cancels():
