@@ -30,7 +30,6 @@ calculation for softmax (arXiv 1805.02867).
 from __future__ import annotations
 
 from fastgpt_kernels._attention_blocks import (
-    capped,
     key_block,
     key_plan,
     load_tile,
@@ -41,6 +40,7 @@ from fastgpt_kernels._attention_blocks import (
     tile,
 )
 from fastgpt_kernels._common import tl, triton
+from fastgpt_kernels._soft_cap import tanh
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def fwd_loop(
         k = load_tile(k_pointers, keys < S, col_ok, MASKED, MASK_COLS)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP:
-            x = capped(x, score_in, q.dtype == tl.float32)
+            x = tanh(x, score_in, q.dtype == tl.float32)
         if MASKED:
             x = tl.where(
                 (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), x, -float("inf")
@@ -161,7 +161,7 @@ def _dq_loop(
         v = load_tile(v_pointers, keys < S, col_ok, MASKED, MASK_COLS)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP:
-            x = capped(x, score_in, q.dtype == tl.float32)
+            x = tanh(x, score_in, q.dtype == tl.float32)
         p = tl.exp2(x * score_log2 - lse[:, None])
         if MASKED:
             p = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), p, 0.0)
@@ -278,7 +278,7 @@ def _dkv_loop(
             delta = tl.load(delta_ptr + stats)
         x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if SOFTCAP:
-            x = capped(x, score_in, q.dtype == tl.float32)
+            x = tanh(x, score_in, q.dtype == tl.float32)
         p = tl.exp2(x * score_log2 - lse[None, :])
         if MASKED:
             p = tl.where((rows[None, :] >= lo[:, None]) & (rows[None, :] < hi[:, None]), p, 0.0)

@@ -18,48 +18,27 @@ vectorise), and up to VEC - 1 elements after the last one. The two ends are one 
 from __future__ import annotations
 
 from fastgpt_kernels._common import tl, triton
+from fastgpt_kernels._soft_cap import tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-FAST, ACCURATE = tl.constexpr(1), tl.constexpr(2)
+ACCURATE = tl.constexpr(2)
 LOWEST = tl.constexpr(-1.0e30)  # below any scaled logit, and finite: -inf - -inf would be NaN
 
 
 @triton.jit
-def _sigmoid_of_twice(x, inv_softcap, SOFTCAP: tl.constexpr):
-    """g = 1 / (1 + exp(-2 x / softcap)) = (1 + tanh(x / softcap)) / 2."""
-    below = 1.0 + tl.exp2(x * (inv_softcap * (-2.0 * LOG2E)))
-    if SOFTCAP == FAST:  # two instructions where a division is seven, exact to 2^-21
-        root = tl.rsqrt(below)
-        return root * root
-    else:
-        return 1.0 / below
-
-
-@triton.jit
 def _capped(x, softcap, inv_softcap, SOFTCAP: tl.constexpr):
-    """``softcap * tanh(x / softcap)`` in the mode that ``soft_cap_mode`` gives.
-
-    FAST is exact to 2^-20 softcap, which is nothing beside the rounding of 16-bit logits. ACCURATE
-    takes the series near 0, where 2 g - 1 cancels.
-    """
+    """``softcap * tanh(x / softcap)`` in the mode that ``soft_cap_mode`` gives."""
     if SOFTCAP:
-        g = _sigmoid_of_twice(x, inv_softcap, SOFTCAP)
-        if SOFTCAP == FAST:
-            x = tl.fma(g, 2.0 * softcap, -softcap)
-        else:
-            u = x * inv_softcap
-            u2 = u * u
-            series = 1.0 + u2 * (-1 / 3 + u2 * (2 / 15 + u2 * (-17 / 315 + u2 * (62 / 2835))))
-            x = softcap * tl.where(u2 < 0.0625, u * series, tl.fma(g, 2.0, -1.0))
+        x = softcap * tanh(x, inv_softcap, SOFTCAP == ACCURATE)
     return x
 
 
 @triton.jit
 def _cap_slope(x, inv_softcap, SOFTCAP: tl.constexpr):
-    """Derivative of ``_capped``, 1 - tanh^2 = 4 g (1 - g)."""
-    g = _sigmoid_of_twice(x, inv_softcap, SOFTCAP)
-    return 4.0 * tl.fma(-g, g, g)
+    """Derivative of ``_capped``, 1 - tanh^2."""
+    t = tanh(x, inv_softcap, SOFTCAP == ACCURATE)
+    return 1.0 - t * t
 
 
 @triton.jit

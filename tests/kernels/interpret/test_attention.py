@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt_kernels import reference
-from fastgpt_kernels._attention_blocks import capped
 from fastgpt_kernels._common import lookup_config, tl, triton
+from fastgpt_kernels._soft_cap import tanh
 from fastgpt_kernels.attention import attention, attention_with_lse
 
 # The package exports the function under the module's name.
@@ -217,9 +217,9 @@ def test_softcap(softcap, dtype):
 
 
 @triton.jit
-def capped_kernel(x_ptr, out_ptr, scale, EXACT: tl.constexpr, N: tl.constexpr):
+def tanh_kernel(x_ptr, out_ptr, scale, EXACT: tl.constexpr, N: tl.constexpr):
     at = tl.arange(0, N)
-    tl.store(out_ptr + at, capped(tl.load(x_ptr + at), scale, EXACT))
+    tl.store(out_ptr + at, tanh(tl.load(x_ptr + at), scale, EXACT))
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -228,7 +228,7 @@ def test_tanh_of_the_cap(exact):
     size = torch.logspace(-6, 5, 1023)
     x = torch.cat((size, torch.zeros(2), -size))
     out = torch.empty_like(x)
-    capped_kernel[(1,)](x, out, 0.3, exact, len(x))
+    tanh_kernel[(1,)](x, out, 0.3, exact, len(x))
     expected = (x.double() * torch.tensor(0.3, dtype=torch.float32).double()).tanh()
     error = (out.double() - expected).abs()
     assert error.max() <= 2.0**-20
