@@ -155,10 +155,10 @@ def bwd_fused_kernel(
             db += g
         if HAS_WEIGHT:
             g *= w.to(tl.float32)[None, :]
-        out = g - xhat * (tl.sum(g * xhat, axis=1) / n_cols)[:, None]
+        slope = tl.sum(g * xhat, axis=1) / n_cols  # both sums come before any use: no spills
         if not RMS:
-            out -= (tl.sum(g, axis=1) / n_cols)[:, None]
-        out *= rstd[:, None]
+            g -= (tl.sum(g, axis=1) / n_cols)[:, None]
+        out = (g - xhat * slope[:, None]) * rstd[:, None]
         if HAS_TOTAL:
             dt_rows = dtotal + row_offsets(rows, dt_inner, dt_outer, dt_step)
             out += load_tile(dt_rows, cols, dt_col, mask)
