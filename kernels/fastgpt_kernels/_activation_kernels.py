@@ -3,6 +3,8 @@
 Inputs come as ``RowLayout``s of equal rows and columns; ``out_stride`` separates the rows of the
 outputs, whose columns are adjacent.
 """
+# pyright: reportGeneralTypeIssues=false
+# (a device function seen from Python never returns; inside a kernel it gives a tuple)
 
 from __future__ import annotations
 
@@ -16,6 +18,15 @@ _LINEAR = tl.constexpr(TANH_LINEAR)
 _CUBIC = tl.constexpr(TANH_CUBIC)
 _INVERSE_SQRT_2 = tl.constexpr(0.7071067811865476)
 _INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def _place(n_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows and columns of this program; one axis for both, as the others end at 65,535."""
+    pid = tl.program_id(0)
+    across = tl.cdiv(n_cols, BLOCK_N)
+    rows = pid // across * BLOCK_M + tl.arange(0, BLOCK_M)
+    return rows, (pid % across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
@@ -56,8 +67,7 @@ def fwd_kernel(
     up_inner, up_outer, up_step, up_col,
     KIND: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, cols = _place(n_cols, BLOCK_M, BLOCK_N)
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
     out = _value(
         load_tile(x + row_offsets(rows, x_inner, x_outer, x_step), cols, x_col, mask), KIND
@@ -77,8 +87,7 @@ def bwd_kernel(
     x_inner, x_outer, x_step, x_col, up_inner, up_outer, up_step, up_col,
     KIND: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, cols = _place(n_cols, BLOCK_M, BLOCK_N)
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
     x_tile = load_tile(x + row_offsets(rows, x_inner, x_outer, x_step), cols, x_col, mask)
     value, slope = _value_and_slope(x_tile, KIND)

@@ -55,10 +55,10 @@ def _launch_fwd(x: Tensor, up: Tensor | None, kind: str) -> Tensor:
     layout = row_layout(_at_least_1d(gate))
     other = layout if up is None else row_layout(_at_least_1d(up))
     config = launch_config("activation", x.device, x.dtype, next_power_of_2(layout.n_cols))
-    grid = cdiv(layout.n_rows, config["BLOCK_M"]), cdiv(layout.n_cols, config["BLOCK_N"])
+    grid = cdiv(layout.n_rows, config["BLOCK_M"]) * cdiv(layout.n_cols, config["BLOCK_N"])
     flags: dict[str, Any] = {"KIND": kind.removesuffix("_gate"), "GATED": up is not None}
     with device_guard(x):
-        fwd_kernel[grid](
+        fwd_kernel[(grid,)](
             layout.tensor, other.tensor, y, layout.n_rows, layout.n_cols, layout.n_cols,
             *layout.strides, *other.strides, **flags, **config,
         )  # fmt: skip
@@ -80,10 +80,10 @@ def _launch_bwd(dy: Tensor, x: Tensor, up: Tensor | None, kind: str) -> tuple[Te
     packed = factor is not None and up is None
     second = dx.view(-1)[layout.n_cols :] if packed else dup
     config = launch_config("activation", x.device, x.dtype, next_power_of_2(layout.n_cols))
-    grid = cdiv(layout.n_rows, config["BLOCK_M"]), cdiv(layout.n_cols, config["BLOCK_N"])
+    grid = cdiv(layout.n_rows, config["BLOCK_M"]) * cdiv(layout.n_cols, config["BLOCK_N"])
     flags: dict[str, Any] = {"KIND": kind.removesuffix("_gate"), "GATED": factor is not None}
     with device_guard(x):
-        bwd_kernel[grid](
+        bwd_kernel[(grid,)](
             dy_layout.tensor, layout.tensor, other.tensor, dx, second, layout.n_rows, layout.n_cols,
             layout.n_cols * (1 + packed), *dy_layout.strides, *layout.strides, *other.strides,
             **flags, **config,

@@ -1,0 +1,158 @@
+"""Launches of every public function, specialised and compiled as on a GPU, and not run.
+
+The launcher turns integers that are 1 into constants and marks those divisible by 16, which the
+interpreter does not: a kernel that computes with a stride may compile for one shape and not for
+another. Only its ahead-of-time cases would be seen by the static gate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="launches are Triton's; pip install triton")
+
+import triton
+from triton.runtime.driver import driver
+
+import fastgpt_kernels as ours
+from fastgpt_kernels import _common, static
+
+PUBLIC = {name for name in ours.__all__ if callable(getattr(ours, name))}
+
+
+class Hopper:
+    """What the launcher asks a driver before it compiles."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return static.target_of("sm_90")
+
+
+@pytest.fixture
+def launched(monkeypatch) -> set[str]:
+    """Names of the kernels that a test compiles; CPU tensors take the path of a GPU."""
+    names: set[str] = set()
+    run = triton.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        limits = (2**31 - 1, 65_535, 65_535)
+        assert all(0 < size <= limit for size, limit in zip(grid, limits, strict=False)), grid
+        names.add(f"{self.module}.{self.__name__}")
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    monkeypatch.setattr(triton.JITFunction, "run", compile_only)
+    monkeypatch.setattr(_common, "INTERPRETED", True)
+    monkeypatch.setattr(_common, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(driver, "_active", Hopper())
+    return names
+
+
+def _calls(n: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Function -> (arguments, options); every size is n."""
+
+    def x(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=dtype, requires_grad=True)
+
+    cu = torch.tensor([0, n], dtype=torch.int32)
+    lengths = torch.full((n,), n, dtype=torch.int32)
+    ids = torch.zeros(n, dtype=torch.int64)
+    heads = [x(n, n, n, n) for _ in range(3)]
+    positions = torch.zeros(n, 1, n, dtype=torch.int64)
+    starts = torch.zeros(n, n, dtype=torch.int32)
+    losses = {"softcap": 5.0, "z_loss": 1e-4, "label_smoothing": 0.1}
+    angles = torch.ones(n, (n + 1) // 2)
+    return {
+        "add_layer_norm": ((x(n, n), x(n, n), n, x(n), x(n)), {}),
+        "add_rms_norm": ((x(n, n), x(n, n), n, x(n)), {}),
+        "attention": (heads, {"window": n, "softcap": 3.0, "doc_start": starts}),
+        "attention_decode": ([h.detach() for h in heads] + [lengths], {"cache_starts_B": lengths}),
+        "attention_varlen": ([x(n, n, n) for _ in range(3)] + [cu], {}),
+        "attention_with_lse": (heads, {"causal": False}),
+        "cross_entropy": ((x(n, n), ids), losses),
+        "gae": ((x(n, n).detach(), x(n, n).detach(), torch.ones(n, n, dtype=torch.bool)), {}),
+        "geglu": ((x(n, n), x(n, n)), {}),
+        "gelu": ((x(n, n),), {}),
+        "layer_norm": ((x(n, n), n, x(n), x(n)), {}),
+        "linear_cross_entropy": ((x(n, n), x(n, n), ids), losses),
+        "linear_log_probs": ((x(n, n), x(n, n), ids), {"softcap": 5.0}),
+        "relu_squared": ((x(n, n),), {}),
+        "rms_norm": ((x(n, n), n, x(n)), {}),
+        "rotary": ((x(n, n, n, 2 * angles.shape[1]), angles, angles), {"positions": positions}),
+        "swiglu": ((x(n, 2 * n),), {}),
+    }
+
+
+def _run(name: str, n: int, dtype: torch.dtype, change: Any = None) -> None:
+    args, options = _calls(n, dtype)[name]
+    if change is not None:
+        args = [change(a) if isinstance(a, Tensor) and a.requires_grad else a for a in args]
+    out = getattr(ours, name)(*args, **options)
+    outs = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
+    if outs:
+        torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same shape with the first stride 1 and the last one not, if there are two dims."""
+    if x.dim() < 2:
+        return x
+    return x.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_()
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_everything_of_size_1(launched, name):
+    _run(name, 1, torch.bfloat16)
+    assert launched
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("change", [None, transposed])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 2, 5, 16])
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_kind_of_size(launched, name, n, dtype, change):
+    _run(name, n, dtype, change)
+    assert launched
+
+
+def test_strides_beyond_32_bits(launched):
+    """Nothing runs, so nothing of these 4 GiB is touched."""
+    far = torch.empty(2**31 + 8, dtype=torch.bfloat16).as_strided((2, 8), (2**31, 1))
+    far.requires_grad_()
+    loss = ours.cross_entropy(ours.layer_norm(far, 8) + ours.gelu(far), torch.zeros(2).long())
+    (loss + ours.cross_entropy(far, torch.zeros(2).long())).backward()
+    assert len(launched) == 6
+
+
+@pytest.mark.parametrize("shape", [(2**28,), (2**27, 2), (2, 2**27)])
+def test_grids_of_large_tensors(launched, shape):
+    """Only the first axis of a grid goes beyond 65,535; nothing runs, so no memory is touched."""
+    x, up = (torch.empty(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    outs = [ours.gelu(x), ours.swiglu(x, up)]
+    if len(shape) == 2 and shape[1] == 2:
+        ids = torch.zeros(1, dtype=torch.int64).expand(shape[0])
+        outs += [ours.layer_norm(x, 2), ours.rotary(x, *torch.ones(2, 1, 1))]
+        outs += [ours.cross_entropy(x, ids, reduction="none")]
+    for out in outs:
+        grad = torch.ones((), dtype=out.dtype).expand(out.shape)
+        torch.autograd.grad(out, (x, up), grad, allow_unused=True)
+
+
+def test_a_kernel_that_takes_a_constant_for_a_tensor_would_show(launched):
+    with pytest.raises(triton.CompilationError):
+        _planted[(1,)](torch.ones(4), 1)
+    _planted[(1,)](torch.ones(4), 2)
+
+
+@triton.jit
+def _planted(x, stride):
+    _common.tl.store(x + stride.to(_common.tl.int64), 0.0)
