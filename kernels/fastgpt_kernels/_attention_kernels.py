@@ -91,11 +91,14 @@ def fwd_kernel(
     n_heads, T, S, window, n_seqs, n_tiles, score_in, score_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     DOCS: tl.constexpr, VARLEN: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
     MASKED_LAST: tl.constexpr = False,  # pyright: ignore[reportArgumentType]
     PAIRWISE: tl.constexpr = False,  # pyright: ignore[reportArgumentType]
 ):  # fmt: skip
     """One block of queries of one head: out (B, T, H, D) and lse (B, H, T)."""
+    stride_qh, stride_qt = stride_qh * UNIT, stride_qt * UNIT
+    stride_kh, stride_ks = stride_kh * UNIT, stride_ks * UNIT
+    stride_vh, stride_vs = stride_vh * UNIT, stride_vs * UNIT
     start_m, head, at_q, at_k, row, stats, T, S = query_block(
         tiles_ptr, cu_q_ptr, cu_k_ptr, n_tiles, n_seqs, n_heads, T, S, VARLEN, BLOCK_M
     )
@@ -110,9 +113,9 @@ def fwd_kernel(
         CAUSAL, WINDOWED, DOCS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     head_k = (head // GROUP).to(tl.int64)
-    q_base = q_ptr + at_q * stride_qb + head.to(tl.int64) * stride_qh
-    k_base = k_ptr + at_k * stride_kb + head_k * stride_kh
-    v_base = v_ptr + at_k * stride_vb + head_k * stride_vh
+    q_base = q_ptr + at_q * stride_qb * UNIT + head.to(tl.int64) * stride_qh
+    k_base = k_ptr + at_k * stride_kb * UNIT + head_k * stride_kh
+    v_base = v_ptr + at_k * stride_vb * UNIT + head_k * stride_vh
     q_tile = tile(q_base, rows, stride_qt, cols, stride_qd)
     k_tile = tile(k_base, tl.arange(0, BLOCK_N), stride_ks, cols, stride_kd)
     v_tile = tile(v_base, tl.arange(0, BLOCK_N), stride_vs, cols, stride_vd)
@@ -184,10 +187,14 @@ def bwd_dq_kernel(
     n_heads, T, S, window, n_seqs, n_tiles, scale, score_in, score_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     DOCS: tl.constexpr, VARLEN: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
     MASKED_LAST: tl.constexpr = False,  # pyright: ignore[reportArgumentType]
 ):  # fmt: skip
     """One block of queries of one head: dq (B, T, H, D), and delta (B, H, T) for dk."""
+    stride_qh, stride_qt = stride_qh * UNIT, stride_qt * UNIT
+    stride_kh, stride_ks = stride_kh * UNIT, stride_ks * UNIT
+    stride_vh, stride_vs = stride_vh * UNIT, stride_vs * UNIT
+    stride_gh, stride_gt = stride_gh * UNIT, stride_gt * UNIT
     start_m, head, at_q, at_k, row, stats, T, S = query_block(
         tiles_ptr, cu_q_ptr, cu_k_ptr, n_tiles, n_seqs, n_heads, T, S, VARLEN, BLOCK_M
     )
@@ -202,11 +209,11 @@ def bwd_dq_kernel(
         CAUSAL, WINDOWED, DOCS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     head_k = (head // GROUP).to(tl.int64)
-    k_base = k_ptr + at_k * stride_kb + head_k * stride_kh
-    v_base = v_ptr + at_k * stride_vb + head_k * stride_vh
+    k_base = k_ptr + at_k * stride_kb * UNIT + head_k * stride_kh
+    v_base = v_ptr + at_k * stride_vb * UNIT + head_k * stride_vh
     k_tile = tile(k_base, tl.arange(0, BLOCK_N), stride_ks, cols, stride_kd)
     v_tile = tile(v_base, tl.arange(0, BLOCK_N), stride_vs, cols, stride_vd)
-    do_base = do_ptr + at_q * stride_gb + head.to(tl.int64) * stride_gh
+    do_base = do_ptr + at_q * stride_gb * UNIT + head.to(tl.int64) * stride_gh
     do_tile = tile(do_base, rows, stride_gt, cols, stride_gd)
     do = load_tile(do_tile, row_ok, col_ok, True, MASK_COLS)
     out_base = (row * n_heads + head) * HEAD_DIM
@@ -217,7 +224,7 @@ def bwd_dq_kernel(
         delta -= tl.load(dlse_ptr + stats + rows, mask=row_ok, other=0.0)
     tl.store(delta_ptr + stats + rows, delta, mask=row_ok)
     lse = tl.load(lse_ptr + stats + rows, mask=row_ok, other=float("inf"))
-    q_base = q_ptr + at_q * stride_qb + head.to(tl.int64) * stride_qh
+    q_base = q_ptr + at_q * stride_qb * UNIT + head.to(tl.int64) * stride_qh
     q_tile = tile(q_base, rows, stride_qt, cols, stride_qd)
     q = load_tile(q_tile, row_ok, col_ok, True, MASK_COLS)
 
@@ -302,9 +309,13 @@ def bwd_dkv_kernel(
     n_heads, T, S, window, n_seqs, n_tiles, scale, score_in, score_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     DOCS: tl.constexpr, VARLEN: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of one key head, over the query heads sharing it: dk, dv (B, S, HK, D)."""
+    stride_qh, stride_qt = stride_qh * UNIT, stride_qt * UNIT
+    stride_kh, stride_ks = stride_kh * UNIT, stride_ks * UNIT
+    stride_vh, stride_vs = stride_vh * UNIT, stride_vs * UNIT
+    stride_gh, stride_gt = stride_gh * UNIT, stride_gt * UNIT
     n_heads_k = n_heads // GROUP
     stride_stats = T
     start_n, head_k, at_q, at_k, row, stats, T, S = key_block(
@@ -321,8 +332,8 @@ def bwd_dkv_kernel(
         CAUSAL, WINDOWED, DOCS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
-    k_base = k_ptr + at_k * stride_kb + head_k.to(tl.int64) * stride_kh
-    v_base = v_ptr + at_k * stride_vb + head_k.to(tl.int64) * stride_vh
+    k_base = k_ptr + at_k * stride_kb * UNIT + head_k.to(tl.int64) * stride_kh
+    v_base = v_ptr + at_k * stride_vb * UNIT + head_k.to(tl.int64) * stride_vh
     k_tile = tile(k_base, keys, stride_ks, cols, stride_kd)
     v_tile = tile(v_base, keys, stride_vs, cols, stride_vd)
     k = load_tile(k_tile, key_ok, col_ok, True, MASK_COLS)
@@ -331,8 +342,8 @@ def bwd_dkv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     head = (head_k * GROUP).to(tl.int64)
-    q_base = q_ptr + at_q * stride_qb + head * stride_qh
-    do_base = do_ptr + at_q * stride_gb + head * stride_gh
+    q_base = q_ptr + at_q * stride_qb * UNIT + head * stride_qh
+    do_base = do_ptr + at_q * stride_gb * UNIT + head * stride_gh
     q_tile = tile(q_base, tl.arange(0, BLOCK_M), stride_qt, cols, stride_qd)
     do_tile = tile(do_base, tl.arange(0, BLOCK_M), stride_gt, cols, stride_gd)
     dk, dv = _dkv_loop(

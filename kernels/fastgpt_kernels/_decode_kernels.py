@@ -34,9 +34,12 @@ def split_kernel(
     n_heads, T, S, window, n_splits, score_in, score_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One run of keys: out (B, T, H, n_splits, D) and, if SPLIT, lse (B, T, H, n_splits)."""
+    stride_qh, stride_qt = stride_qh * UNIT, stride_qt * UNIT
+    stride_kh, stride_ks = stride_kh * UNIT, stride_ks * UNIT
+    stride_vh, stride_vs = stride_vh * UNIT, stride_vs * UNIT
     pid = tl.program_id(0)
     split = pid % n_splits
     n_blocks_m = tl.cdiv(T * GROUP, BLOCK_M)
@@ -65,11 +68,11 @@ def split_kernel(
     first += split * n_mine * BLOCK_N
     n_mine = tl.maximum(tl.minimum(n_mine, n_blocks - split * n_mine), 0)
 
-    q_base = q_ptr + batch * stride_qb
+    q_base = q_ptr + batch * stride_qb * UNIT
     q_rows = token.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
     q = load_tile(tile(q_base, q_rows, 1, cols, stride_qd), row_ok, col_ok, True, MASK_COLS)
-    k_base = k_ptr + batch * stride_kb + head_k.to(tl.int64) * stride_kh
-    v_base = v_ptr + batch * stride_vb + head_k.to(tl.int64) * stride_vh
+    k_base = k_ptr + batch * stride_kb * UNIT + head_k.to(tl.int64) * stride_kh
+    v_base = v_ptr + batch * stride_vb * UNIT + head_k.to(tl.int64) * stride_vh
     k_tile = tile(k_base, tl.arange(0, BLOCK_N), stride_ks, cols, stride_kd)
     v_tile = tile(v_base, tl.arange(0, BLOCK_N), stride_vs, cols, stride_vd)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)

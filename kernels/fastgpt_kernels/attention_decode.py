@@ -30,6 +30,8 @@ from fastgpt_kernels.attention import (
     default_scale,
     launch,
     score_factors,
+    steps,
+    unit_and_strides,
 )
 
 _PROGRAMS_PER_SM = 4  # what the smallest tiles leave room for, so that loads overlap
@@ -68,14 +70,14 @@ def _attention_decode(
     if n_splits > 1:
         part = q.new_empty((B, T, H, n_splits, D), dtype=torch.float32)
         lse = q.new_empty((B, T, H, n_splits), dtype=torch.float32)
+    unit, strides = unit_and_strides(*map(steps, (q, k_cache, v_cache)))
     with device_guard(q):
         launch(
             split_kernel, n_programs * n_splits,
             q, k_cache, v_cache, lengths, starts, part, lse,
-            *q.stride(), *k_cache.stride(), *v_cache.stride(),
-            H, T, S, window, n_splits, *score_factors(scale, softcap),
+            *strides, H, T, S, window, n_splits, *score_factors(scale, softcap),
             GROUP=H // HK, HEAD_DIM=D, WINDOWED=window > 0, SOFTCAP=softcap > 0.0,
-            SPLIT=n_splits > 1, BLOCK_M=block_m, BLOCK_D=_block_d(D), **config,
+            SPLIT=n_splits > 1, BLOCK_M=block_m, BLOCK_D=_block_d(D), UNIT=unit, **config,
         )  # fmt: skip
         if n_splits > 1:
             launch(
@@ -204,7 +206,7 @@ def _aot_split(
     types.update(starts_ptr="*i32", out_ptr="*fp32" if split else f"*{element}")
     fixed = {
         "GROUP": group, "HEAD_DIM": D, "WINDOWED": banded, "SOFTCAP": banded, "SPLIT": split,
-        "BLOCK_M": block_m, "BLOCK_D": _block_d(D),
+        "BLOCK_M": block_m, "BLOCK_D": _block_d(D), "UNIT": 1,
         **{arg: 1 for arg in strides if arg.endswith("d")},
     }  # fmt: skip
     fixed |= {} if banded else {"starts_ptr": None}

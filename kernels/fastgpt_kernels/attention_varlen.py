@@ -36,6 +36,8 @@ from fastgpt_kernels.attention import (
     launch,
     output_gradients,
     score_factors,
+    steps,
+    unit_and_strides,
 )
 
 _TILES = {"CHUNK": 256, "num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
@@ -54,10 +56,10 @@ def _tiles(cu_seqlens: Tensor, n_rows: int, block: int) -> Tensor:
     return tiles
 
 
-def _strides(x_THD: Tensor) -> tuple[int, int, int, int]:
+def _steps(x_THD: Tensor) -> list[int]:
     """Strides as the kernels take them; the leading one, of a batch, is that of the rows."""
-    row, head, col = x_THD.stride()
-    return row, head, row, col
+    row, head, col = steps(x_THD)
+    return [row, head, row, col]
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_varlen", mutates_args=())
@@ -76,13 +78,14 @@ def _attention(
     shape = constants(
         D, H // HK, causal=causal, windowed=window > 0, softcap=softcap > 0.0, varlen=True
     )
+    unit, strides = unit_and_strides(*map(_steps, (q, k, v)))
     with device_guard(q):
         tiles = _tiles(cu_q, T, config["BLOCK_M"])
         launch(
             fwd_kernel, tiles.shape[1] * H,
-            q, k, v, None, cu_q, cu_k, tiles, out, lse, *_strides(q), *_strides(k), *_strides(v),
+            q, k, v, None, cu_q, cu_k, tiles, out, lse, *strides,
             H, T, S, window, cu_q.shape[0] - 1, tiles.shape[1], *score_factors(scale, softcap),
-            **shape, **config,
+            UNIT=unit, **shape, **config,
         )  # fmt: skip
     return out, lse
 
@@ -101,7 +104,8 @@ def _attention_backward(
     shape = constants(
         D, H // HK, causal=causal, windowed=window > 0, softcap=softcap > 0.0, varlen=True
     )
-    strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(grad))
+    unit, strides = unit_and_strides(*map(_steps, (q, k, v, grad)))
+    shape["UNIT"] = unit
     factors = (scale, *score_factors(scale, softcap))
     n_seqs = cu_q.shape[0] - 1
     with device_guard(q):

@@ -317,14 +317,19 @@ def analyse_amdgcn(text: str, ttir: str, shared: int, num_warps: int, arch: str)
     )
 
 
+def analyse_kernel(kernel: Any, arch: str) -> Report:
+    """Read the machine code of what ``triton.compile`` returned."""
+    shared, num_warps = kernel.metadata.shared, kernel.metadata.num_warps
+    ttir = kernel.asm["ttir"]
+    if arch.startswith("gfx"):
+        return analyse_amdgcn(kernel.asm["amdgcn"], ttir, shared, num_warps, arch)
+    text, registers = disassemble(kernel.asm["cubin"])
+    return analyse_sass(text, ttir, registers, shared, num_warps, arch)
+
+
 def analyse(case: AotCase, arch: str) -> Report:
     """Compile one case for one chip and read its machine code."""
-    kernel = compile_case(case, arch)
-    shared, ttir = kernel.metadata.shared, kernel.asm["ttir"]
-    if arch.startswith("gfx"):
-        return analyse_amdgcn(kernel.asm["amdgcn"], ttir, shared, case.num_warps, arch)
-    text, registers = disassemble(kernel.asm["cubin"])
-    return analyse_sass(text, ttir, registers, shared, case.num_warps, arch)
+    return analyse_kernel(compile_case(case, arch), arch)
 
 
 def problems(report: Report, arch: str) -> list[str]:
