@@ -46,8 +46,14 @@ def test_cross_entropy_loss():
     theirs = nn.CrossEntropyLoss(ignore_index=-1, label_smoothing=0.1)
     torch.testing.assert_close(ours(x, t), theirs(x, t))
     assert not ours.state_dict()
-    capped = modules.CrossEntropyLoss(softcap=2.0, z_loss=1e-2, reduction="none")
-    assert capped(x, t.abs()).shape == (6,)
+    options = {"softcap": 2.0, "z_loss": 1e-2, "reduction": "none", "label_smoothing": 0.3}
+    expected = reference.cross_entropy(x, t, ignore_index=-1, **options)
+    ours = modules.CrossEntropyLoss(ignore_index=-1, **options)
+    torch.testing.assert_close(ours(x, t), expected)
+    head = modules.LinearCrossEntropy(9, 9, ignore_index=-1, **options)
+    with torch.no_grad():
+        head.linear.weight.copy_(torch.eye(9))
+    torch.testing.assert_close(head(x, t), expected)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -108,6 +114,20 @@ def test_attention_with_groups_and_rotary():
     assert not torch.allclose(ours(x), ours(x, 2 * shifted))
     with pytest.raises(ValueError, match="must divide"):
         modules.Attention(16, 4, kv_heads=3)
+
+
+def test_attention_passes_its_options_on():
+    ours = modules.Attention(8, 1, bias=False, window=3, softcap=0.2)
+    with torch.no_grad():
+        ours.in_proj_weight.copy_(torch.eye(8).repeat(3, 1))
+        ours.out_proj.weight.copy_(torch.eye(8))
+    x, doc_start = torch.randn(1, 7, 8), torch.tensor([[0, 0, 0, 0, 4, 4, 4]]).int()
+    heads = x[:, None]
+    for starts in (None, doc_start):
+        expected = reference.attention(
+            heads, heads, heads, window=3, softcap=0.2, doc_start_BT=starts
+        )
+        torch.testing.assert_close(ours(x, doc_start=starts), expected[:, 0])
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

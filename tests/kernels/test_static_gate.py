@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import pytest
 pytest.importorskip("triton", reason="the static gate is Triton's compiler; pip install triton")
 
 from fastgpt_kernels import static
-from fastgpt_kernels._common import AotCase
+from fastgpt_kernels._attention_blocks import multiply, multiply_subtract
+from fastgpt_kernels._common import AotCase, aot_case, tl, triton
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 CASES = static.kernel_cases()
@@ -186,3 +188,46 @@ def test_reading_machine_code():
 )
 def test_resident_warps(registers, shared, num_warps, arch, warps):
     assert static.resident_warps(registers, shared, num_warps, arch) == warps
+
+
+@triton.jit
+def pairs_kernel(x, y, z, difference, product):
+    at = tl.arange(0, 64)
+    a, b, c = tl.load(x + at), tl.load(y + at), tl.load(z + at)
+    tl.store(difference + at, multiply_subtract(a, b, c, True))
+    tl.store(product + at, multiply(a, b, True))
+
+
+def test_pairs_of_floats_keep_their_order():
+    """No interpreter runs inline PTX, but its machine code shows where the halves go.
+
+    A thread loads, multiplies and stores pairs; nothing may exchange the halves between.
+    """
+    types = dict.fromkeys(("x", "y", "z", "difference", "product"), "*fp32")
+    config = {"num_warps": 1, "num_stages": 1}
+    case = aot_case("pairs", pairs_kernel, types, {}, config)
+    text, _ = static.disassemble(static.compile_case(case, "sm_100").asm["cubin"])
+    wanted = ("LDG", "STG", "FADD", "FFMA", "FMUL", "MOV", "PRMT", "SEL", "IMAD.MOV")
+    code = [i for i in static.parse_sass(text) if i.mnemonic.startswith(wanted)]
+    held: dict[str, str] = {}  # register -> which half of what
+    stored = set()
+    for instruction in code:
+        kind = instruction.mnemonic.split(".")[0]
+        registers = [int(r) for r in re.findall(r"\bR(\d+)", instruction.operands)]
+        if kind == "LDG":
+            assert instruction.mnemonic == "LDG.E.64"
+            held[registers[0]], held[registers[0] + 1] = "low", "high"
+        elif kind == "FADD":  # z negated
+            assert "RZ, -R" in instruction.operands
+            held[registers[0]] = held[registers[1]]
+        elif kind in ("FFMA2", "FMUL2"):
+            assert instruction.operands.count("F32x2.HI_LO") == len(registers) - 1
+            assert all((held[r], held[r + 1]) == ("low", "high") for r in registers[1:])
+            held[registers[0]], held[registers[0] + 1] = "low", "high"
+            stored.add(kind)
+        elif kind == "STG":
+            assert instruction.mnemonic == "STG.E.64"
+            assert (held[registers[-1]], held[registers[-1] + 1]) == ("low", "high")
+        else:
+            held.pop(registers[0], None)
+    assert stored == {"FFMA2", "FMUL2"}
