@@ -1,7 +1,7 @@
 """Attention of one new token a row over cached keys and values.
 
-In C++ on a CPU, where PyTorch's own takes four times as long as reading the cache; by PyTorch
-elsewhere, and for the few shapes that the C++ leaves out.
+In C++ on a CPU, where PyTorch's own takes four times as long as reading the cache; by
+`fastgpt_kernels.attention_decode` elsewhere, and for the few shapes that the C++ leaves out.
 
 Shape suffixes: B rows, S positions so far, C n_embd, H query heads, K key/value heads, D head.
 """
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt.model import GPT, Attention, KVCache, Norm, Rotary
+from fastgpt.model import GPT, Attention, KVCache, Norm, Rotary, rotate
+from fastgpt_kernels import attention_decode
 
 
 class CachedAttention(Protocol):
@@ -36,7 +37,7 @@ def cached_attention(model: GPT, cache: KVCache) -> CachedAttention:
     dtypes = (torch.bfloat16, torch.float32)
     if cache.keys.device.type == "cpu" and cache.keys.dtype in dtypes and fits and _extension():
         return CPUAttention(model, cache)
-    return TorchAttention(model, cache)
+    return KernelAttention(model, cache)
 
 
 def _extension() -> bool:
@@ -91,46 +92,44 @@ class CPUAttention:
         return out_BC
 
 
-class TorchAttention:
-    """By `torch.nn.functional.scaled_dot_product_attention`."""
+class KernelAttention:
+    """By `fastgpt_kernels.attention_decode`, which splits a long cache over a GPU."""
 
     def __init__(self, model: GPT, cache: KVCache):
         self.cache = cache
-        places = torch.arange(cache.keys.shape[3], device=cache.start_B.device)
-        self.bias: Tensor | None = None
-        if cache.start_B.any():
-            hidden = places < cache.start_B[:, None, None, None]
-            self.bias = torch.zeros(hidden.shape, dtype=cache.keys.dtype, device=hidden.device)
-            self.bias.masked_fill_(hidden, float("-inf"))
-        self.angles = model.rotary(places)
+        self.starts_B = cache.start_B.to(torch.int32) if cache.start_B.any() else None
+        self.lengths_B = torch.zeros_like(cache.start_B, dtype=torch.int32)
+        self.angles = model.rotary(torch.arange(cache.keys.shape[3], device=cache.keys.device))
 
     def __call__(self, attn: Attention, h_BC: Tensor) -> Tensor:
-        """See `CachedAttention`; query heads of a key head stand as queries of it."""
+        """See `CachedAttention`."""
         cache, D = self.cache, attn.head_dim
-        B, end = len(h_BC), cache.length + 1
+        B, place = len(h_BC), cache.length
         n_q, n_k, _ = (size // D for size in attn.sizes)
         qkv = attn.qkv(h_BC)
         qk_BHD, v_BKD = qkv.view(B, -1, D).split((n_q + n_k, n_k), dim=1)
         if isinstance(attn.q_norm, Norm):
             qk_BHD = _normed_heads(attn, qkv)
         if self.angles is not None:
-            qk_BHD = _rotate(qk_BHD, self._angles_here(self.angles))
+            qk_BHD = rotate(qk_BHD, self._angles_here(self.angles))
         keys, values = cache.keys[attn.layer], cache.values[attn.layer]
-        keys[:, :, end - 1] = qk_BHD[:, n_q:]
-        values[:, :, end - 1] = v_BKD
-        first = 0 if attn.window is None else max(0, end - attn.window)
-        bias = None if self.bias is None else self.bias[..., first:end]
-        out_BKGD = F.scaled_dot_product_attention(
-            qk_BHD[:, :n_q].reshape(B, n_k, -1, D),
-            keys[:, :, first:end],
-            values[:, :, first:end],
-            attn_mask=bias,
+        keys[:, :, place] = qk_BHD[:, n_q:]
+        values[:, :, place] = v_BKD
+        if attn.layer == 0:
+            self.lengths_B.fill_(place + 1)
+        out_B1HD = attention_decode(
+            qk_BHD[:, None, :n_q],
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            self.lengths_B,
+            cache_starts_B=self.starts_B,
+            window=attn.window,
         )
-        return out_BKGD.reshape(B, -1)
+        return out_B1HD.view(B, -1)
 
     def _angles_here(self, angles: Rotary) -> Rotary:
         """Cosine and sine of the new tokens, (D/2) or (B, 1, D/2)."""
-        if self.bias is None:  # all rows are at one place
+        if self.starts_B is None:  # all rows are at one place
             return angles[0][self.cache.length], angles[1][self.cache.length]
         at_B1 = (self.cache.length - self.cache.start_B)[:, None]
         return angles[0][at_B1], angles[1][at_B1]
@@ -151,13 +150,6 @@ def _normed_heads(attn: Attention, qkv: Tensor) -> Tensor:
     n_q, n_k, _ = (size // D for size in attn.sizes)
     q_BHD, k_BKD, _ = qkv.view(B, -1, D).split((n_q, n_k, n_k), dim=1)
     return torch.cat((light_norm(attn.q_norm, q_BHD), light_norm(attn.k_norm, k_BKD)), dim=1)
-
-
-def _rotate(x_BHD: Tensor, angles: Rotary) -> Tensor:
-    """As `fastgpt.model.rotate`, of one token a row."""
-    cos, sin = angles
-    low, high = x_BHD.float().chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x_BHD.dtype)
 
 
 def _numpy(x: Tensor) -> np.ndarray:

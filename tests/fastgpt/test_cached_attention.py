@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt.cached_attention import CPUAttention, TorchAttention, cached_attention
+from fastgpt.cached_attention import CPUAttention, KernelAttention, cached_attention
 from fastgpt.config import ModelConfig
 from fastgpt.decoder import Decoder
 from fastgpt.model import GPT
@@ -260,12 +260,12 @@ def test_both_ways_give_the_same_logits(name, prompts, monkeypatch):
     assert isinstance(chosen(model), CPUAttention)
     ours = decode()
     monkeypatch.setattr("fastgpt.cached_attention._extension", lambda: False)
-    assert isinstance(chosen(model), TorchAttention)
+    assert isinstance(chosen(model), KernelAttention)
     torch.testing.assert_close(ours, decode(), rtol=1e-4, atol=1e-5)
 
 
-def test_heads_of_another_width_go_to_pytorch():
-    assert isinstance(chosen(small_model(n_head=8)), TorchAttention)
+def test_heads_of_another_width_go_to_the_kernel():
+    assert isinstance(chosen(small_model(n_head=8)), KernelAttention)
 
 
 def chosen(model: GPT) -> object:
