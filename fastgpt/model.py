@@ -111,11 +111,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C), or (N, C) at the places of ``context``."""
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for part in self.qkv(x_BTC).split(self.sizes, dim=-1)
-        )
-        q, k = self.q_norm(q), self.k_norm(k)
+        parts = self.qkv(x_BTC).split(self.sizes, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        # As they lie, (B, T, H, D): transposed first, the norms' kernels would copy them.
+        q, k, v = (x.transpose(1, 2) for x in (self.q_norm(q), self.k_norm(k), v))
         if context.rotary is not None:
             q, k = rotate(q, context.rotary), rotate(k, context.rotary)
         if context.cache is not None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastgpt_kernels
 from fastgpt.config import ModelConfig
 from fastgpt.model import GPT, Context, KVCache
 from fastgpt.presets import PRESETS
+from fastgpt_kernels._common import row_layout
 
 pytestmark = pytest.mark.usefixtures("uncompiled", "seeded")
 
@@ -375,3 +377,17 @@ def test_bfloat16_activations_keep_float32_weights_gradients_and_logits(config):
     logits.square().mean().backward()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_no_norm_needs_a_copy(monkeypatch):
+    """A kernel walks rows of at most two strides; the heads' norms come before the transposition."""
+    inputs = []
+
+    def recorded(x, *args):
+        inputs.append(x)
+        return fastgpt_kernels.rms_norm(x, *args)
+
+    monkeypatch.setattr("fastgpt.model.rms_norm", recorded)
+    GPT(MODERN)(random_ids(MODERN, 2, 9))
+    assert {x.shape[-1] for x in inputs} == {MODERN.n_embd, MODERN.attn_dim}
+    assert all(row_layout(x).tensor is x for x in inputs)
