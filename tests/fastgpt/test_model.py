@@ -380,7 +380,7 @@ def test_bfloat16_activations_keep_float32_weights_gradients_and_logits(config):
 
 
 def test_no_norm_needs_a_copy(monkeypatch):
-    """A kernel walks rows of at most two strides; the heads' norms come before the transposition."""
+    """Kernels walk rows of at most two strides: heads come to their norms untransposed."""
     inputs = []
 
     def recorded(x, *args):

@@ -146,6 +146,15 @@ def test_heads_that_16_does_not_divide_are_read_in_16_bytes(launched, D):
     assert len(launched) == 6
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("D", range(8, 257, 8))
+def test_no_head_size_spills(launched, D):
+    q, k, v = (torch.ones(2, 64, 4, D, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+    ours.attention(*(x.requires_grad_() for x in (q, k, v))).backward(torch.ones_like(q))
+    for name, kernel in launched:
+        assert not static.problems(static.analyse_kernel(kernel, "sm_90"), "sm_90"), name
+
+
 def test_strides_beyond_32_bits(launched):
     """Nothing runs, so nothing of these 4 GiB is touched."""
     far = torch.empty(2**31 + 8, dtype=torch.bfloat16).as_strided((2, 8), (2**31, 1))
