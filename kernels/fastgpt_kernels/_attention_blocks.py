@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from fastgpt_kernels._common import tl, triton
 
+COUNTS = ["n_heads", "T", "S", "window", "n_seqs", "n_tiles", "n_splits"]
+"""Arguments of the kernels of attention that nothing new is compiled for."""
+
 
 @triton.jit
 def multiply(x, y, PAIRWISE: tl.constexpr):

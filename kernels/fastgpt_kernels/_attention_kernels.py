@@ -30,6 +30,7 @@ calculation for softmax (arXiv 1805.02867).
 from __future__ import annotations
 
 from fastgpt_kernels._attention_blocks import (
+    COUNTS,
     key_block,
     key_plan,
     load_tile,
@@ -82,7 +83,7 @@ def fwd_loop(
     return acc, total, peak
 
 
-@triton.jit(do_not_specialize=["n_heads", "T", "S", "window", "n_seqs", "n_tiles"])
+@triton.jit(do_not_specialize=COUNTS)
 def fwd_kernel(
     q_ptr, k_ptr, v_ptr, doc_ptr, cu_q_ptr, cu_k_ptr, tiles_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_qd,
@@ -176,7 +177,7 @@ def _dq_loop(
     return acc
 
 
-@triton.jit(do_not_specialize=["n_heads", "T", "S", "window", "n_seqs", "n_tiles"])
+@triton.jit(do_not_specialize=COUNTS)
 def bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, doc_ptr, cu_q_ptr, cu_k_ptr, tiles_ptr, out_ptr, do_ptr, dlse_ptr,
     lse_ptr, delta_ptr, dq_ptr,
@@ -298,7 +299,7 @@ def _dkv_loop(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["n_heads", "T", "S", "window", "n_seqs", "n_tiles"])
+@triton.jit(do_not_specialize=COUNTS)
 def bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, doc_end_ptr, cu_q_ptr, cu_k_ptr, tiles_ptr, do_ptr, lse_ptr, delta_ptr,
     dk_ptr, dv_ptr,

@@ -44,16 +44,17 @@ except ModuleNotFoundError:  # PyTorch's CPU wheels bring no Triton
         def jit(self, fn=None, **_options):
             if fn is None:
                 return lambda kernel: self.jit(kernel)
-            return _MissingKernel(fn.__name__)
+            return _MissingKernel(fn)
 
     class _MissingKernel:
-        def __init__(self, name: str):
-            self.name = name
+        def __init__(self, fn):
+            self.fn = fn
 
         def __getitem__(self, _grid):
             raise ModuleNotFoundError(
-                f"{self.name} is a Triton kernel and Triton is not installed; `pip install triton` "
-                "(Linux with a CUDA or ROCm GPU), or move the tensors to the CPU"
+                f"{self.fn.__name__} is a Triton kernel and Triton is not installed; "
+                "`pip install triton` (Linux with a CUDA or ROCm GPU), or move the tensors to the "
+                "CPU"
             )
 
     triton = tl = _TritonStandIn()  # type: ignore[assignment]

@@ -20,12 +20,12 @@ Source: Dao, Haziza, Massa, Sizov, Flash-Decoding (2023); Milakov and Gimelshein
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
-from fastgpt_kernels._attention_blocks import load_tile, tile
+from fastgpt_kernels._attention_blocks import COUNTS, load_tile, tile
 from fastgpt_kernels._attention_kernels import fwd_loop
 from fastgpt_kernels._common import tl, triton
 
 
-@triton.jit(do_not_specialize=["n_heads", "T", "S", "window", "n_splits"])
+@triton.jit(do_not_specialize=COUNTS)
 def split_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, starts_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qt, stride_qh, stride_qd,

@@ -7,6 +7,7 @@ Legend: B batch, H query heads, HK key heads, T queries, S keys, D head size.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastgpt_kernels import _cpu_attention as cpu_attention
 from fastgpt_kernels import cpu
+from fastgpt_kernels._attention_blocks import COUNTS
 from fastgpt_kernels._attention_kernels import bwd_dkv_kernel, bwd_dq_kernel, fwd_kernel
 from fastgpt_kernels._common import (
     NAMESPACE,
@@ -24,6 +26,7 @@ from fastgpt_kernels._common import (
     device_guard,
     launch_config,
     next_power_of_2,
+    triton,
     use_triton,
 )
 
@@ -70,6 +73,18 @@ def unit_and_strides(*tensors: list[int]) -> tuple[int, list[int]]:
     ]
 
 
+@functools.cache
+def for_unit(kernel: Any, unit: int) -> Any:
+    """``kernel``, or of strides in units a version that is compiled once for all strides.
+
+    What 16 divides among them changes with the number of tokens, and tells nothing.
+    """
+    if unit == 1:
+        return kernel
+    strides = [f"stride_{tensor}{dim}" for tensor in "qkvg" for dim in "bhts"]
+    return triton.jit(do_not_specialize=[*COUNTS, *strides])(kernel.fn)
+
+
 _NOT_PACKED = None, None, None  # cu_seqlens of queries and of keys, tiles
 
 
@@ -104,7 +119,7 @@ def _attention(
     unit, strides = unit_and_strides(*map(steps, (q, k, v)))
     with device_guard(q):
         launch(
-            fwd_kernel, cdiv(T, config["BLOCK_M"]) * B * H,
+            for_unit(fwd_kernel, unit), cdiv(T, config["BLOCK_M"]) * B * H,
             q, k, v, doc_start, *_NOT_PACKED, out, lse, *strides,
             H, T, S, window, 0, 0, *score_factors(scale, softcap), UNIT=unit, **shape, **config,
         )  # fmt: skip
@@ -140,14 +155,14 @@ def _attention_backward(
         if dq.numel():
             config = launch_config("attention_bwd_dq", q.device, q.dtype, D)
             launch(
-                bwd_dq_kernel, cdiv(T, config["BLOCK_M"]) * B * H,
+                for_unit(bwd_dq_kernel, unit), cdiv(T, config["BLOCK_M"]) * B * H,
                 q, k, v, doc_start, *_NOT_PACKED, out, grad, grad_lse, lse, delta, dq,
                 *strides, *scalars, **shape, **config,
             )  # fmt: skip
         if dk.numel():
             config = launch_config("attention_bwd_dkv", q.device, q.dtype, D)
             launch(
-                bwd_dkv_kernel, cdiv(S, config["BLOCK_N"]) * B * HK,
+                for_unit(bwd_dkv_kernel, unit), cdiv(S, config["BLOCK_N"]) * B * HK,
                 q, k, v, doc_end, *_NOT_PACKED, grad, lse, delta, dk, dv,
                 *strides, *scalars, **shape, **config,
             )  # fmt: skip

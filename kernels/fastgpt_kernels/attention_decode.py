@@ -28,6 +28,7 @@ from fastgpt_kernels.attention import (
     check_positive,
     check_types,
     default_scale,
+    for_unit,
     launch,
     score_factors,
     steps,
@@ -73,7 +74,7 @@ def _attention_decode(
     unit, strides = unit_and_strides(*map(steps, (q, k_cache, v_cache)))
     with device_guard(q):
         launch(
-            split_kernel, n_programs * n_splits,
+            for_unit(split_kernel, unit), n_programs * n_splits,
             q, k_cache, v_cache, lengths, starts, part, lse,
             *strides, H, T, S, window, n_splits, *score_factors(scale, softcap),
             GROUP=H // HK, HEAD_DIM=D, WINDOWED=window > 0, SOFTCAP=softcap > 0.0,

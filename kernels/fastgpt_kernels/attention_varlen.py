@@ -33,6 +33,7 @@ from fastgpt_kernels.attention import (
     check_types,
     constants,
     default_scale,
+    for_unit,
     launch,
     output_gradients,
     score_factors,
@@ -82,7 +83,7 @@ def _attention(
     with device_guard(q):
         tiles = _tiles(cu_q, T, config["BLOCK_M"])
         launch(
-            fwd_kernel, tiles.shape[1] * H,
+            for_unit(fwd_kernel, unit), tiles.shape[1] * H,
             q, k, v, None, cu_q, cu_k, tiles, out, lse, *strides,
             H, T, S, window, cu_q.shape[0] - 1, tiles.shape[1], *score_factors(scale, softcap),
             UNIT=unit, **shape, **config,
@@ -113,7 +114,7 @@ def _attention_backward(
             config = launch_config("attention_bwd_dq", q.device, q.dtype, D)
             tiles = _tiles(cu_q, T, config["BLOCK_M"])
             launch(
-                bwd_dq_kernel, tiles.shape[1] * H,
+                for_unit(bwd_dq_kernel, unit), tiles.shape[1] * H,
                 q, k, v, None, cu_q, cu_k, tiles, out, grad, grad_lse, lse, delta, dq,
                 *strides, H, T, S, window, n_seqs, tiles.shape[1], *factors, **shape, **config,
             )  # fmt: skip
@@ -121,7 +122,7 @@ def _attention_backward(
             config = launch_config("attention_bwd_dkv", q.device, q.dtype, D)
             tiles = _tiles(cu_k, S, config["BLOCK_N"])
             launch(
-                bwd_dkv_kernel, tiles.shape[1] * HK,
+                for_unit(bwd_dkv_kernel, unit), tiles.shape[1] * HK,
                 q, k, v, None, cu_q, cu_k, tiles, grad, lse, delta, dk, dv,
                 *strides, H, T, S, window, n_seqs, tiles.shape[1], *factors, **shape, **config,
             )  # fmt: skip

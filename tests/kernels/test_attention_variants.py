@@ -17,7 +17,8 @@ dense, varlen, decode = (
     for name in ("", "_varlen", "_decode")
 )
 TOKENS = (1, 2, 17, 64, 100, 128, 1000, 1024, 2047, 2048)
-H, HK, D = 4, 2, 64
+H, HK = 4, 2
+heads = pytest.mark.parametrize("D", [64, 72])
 
 
 @pytest.fixture
@@ -35,23 +36,25 @@ def launched(monkeypatch):
     return keys
 
 
-def qkv(*leading: int) -> list[torch.Tensor]:
+def qkv(D: int, *leading: int) -> list[torch.Tensor]:
     """Projections as a model makes them: one tensor (..., heads, D), cut along the heads."""
     joined = torch.empty(*leading, H + 2 * HK, D, dtype=torch.bfloat16)
     return list(joined.split([H, HK, HK], dim=-2))
 
 
-def test_attention(launched):
+@heads
+def test_attention(launched, D):
     for B, T in ((b, t) for b in (1, 2, 3) for t in TOKENS):
-        q, k, v = (x.transpose(1, 2) for x in qkv(B, T))
+        q, k, v = (x.transpose(1, 2) for x in qkv(D, B, T))
         out, lse = dense._attention._init_fn(q, k, v, None, True, 0.1, 0, 0.0)
         dense._attention_backward._init_fn(out, None, q, k, v, out, lse, None, True, 0.1, 0, 0.0)
     assert len(launched) == 3, "\n".join(sorted(launched))
 
 
-def test_attention_varlen(launched):
+@heads
+def test_attention_varlen(launched, D):
     for n, T in ((n, t) for n in (1, 2, 16) for t in TOKENS):
-        q, k, v = qkv(T)
+        q, k, v = qkv(D, T)
         cu = torch.zeros(n + 1, dtype=torch.int32)
         out, lse = varlen._attention._init_fn(q, k, v, cu, cu, True, 0.1, 0, 0.0)
         varlen._attention_backward._init_fn(out, None, q, k, v, out, lse, cu, cu, True, 0.1, 0, 0.0)
@@ -62,11 +65,12 @@ def test_attention_varlen(launched):
     assert len(launched) - tiles == len(kernels) - 1 == 3, "\n".join(sorted(launched))
 
 
-def test_attention_decode(launched):
+@heads
+def test_attention_decode(launched, D):
     """Two widths of tile, with and without splitting, and the kernel that joins the parts."""
     for B, T in ((b, t) for b in (1, 3, 64, 1000) for t in (1, 2, 5, 9, 16)):
         for S in (64, 1000, 4096):
-            q, k, v = qkv(B, T)[0], *(torch.empty(1, S, HK, D).bfloat16() for _ in range(2))
+            q, k, v = qkv(D, B, T)[0], *(torch.empty(1, S, HK, D).bfloat16() for _ in range(2))
             k, v = (x.expand(B, S, HK, D) for x in (k, v))
             lengths = torch.zeros(B, dtype=torch.int32)
             decode._attention_decode._init_fn(q, k, v, lengths, None, 0.1, 0, 0.0)
@@ -83,6 +87,6 @@ def test_a_specialised_count_would_show(monkeypatch):
 
     monkeypatch.setattr(dense, "launch", record)
     for T in TOKENS:
-        q, k, v = (x.transpose(1, 2) for x in qkv(2, T))
+        q, k, v = (x.transpose(1, 2) for x in qkv(64, 2, T))
         dense._attention._init_fn(q, k, v, None, True, 0.1, 0, 0.0)
     assert len(keys) > 2

@@ -209,7 +209,7 @@ def test_pairs_of_floats_keep_their_order():
     text, _ = static.disassemble(static.compile_case(case, "sm_100").asm["cubin"])
     wanted = ("LDG", "STG", "FADD", "FFMA", "FMUL", "MOV", "PRMT", "SEL", "IMAD.MOV")
     code = [i for i in static.parse_sass(text) if i.mnemonic.startswith(wanted)]
-    held: dict[str, str] = {}  # register -> which half of what
+    held: dict[int, str] = {}  # register -> which half of what
     stored = set()
     for instruction in code:
         kind = instruction.mnemonic.split(".")[0]
