@@ -115,7 +115,7 @@ class KernelAttention:
         keys, values = cache.keys[attn.layer], cache.values[attn.layer]
         keys[:, :, place] = qk_BHD[:, n_q:]
         values[:, :, place] = v_BKD
-        if attn.layer == 0:
+        if attn.layer == 0:  # once a token: the layers come in order, and each launch costs
             self.lengths_B.fill_(place + 1)
         out_B1HD = attention_decode(
             qk_BHD[:, None, :n_q],

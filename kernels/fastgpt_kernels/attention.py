@@ -416,7 +416,7 @@ def _aot_variants(
     types.update(dict.fromkeys(("doc_ptr", "doc_end_ptr", *_PACKING), "*i32"))
     types.update(scale="fp32", score_in="fp32", score_log2="fp32")
     fixed = constants(D, group, **mask) | {arg: 1 for arg in strides if arg.endswith("d")}
-    fixed["UNIT"] = unit = math.gcd(16, D) % 16 or 1
+    fixed["UNIT"] = unit = unit_and_strides([D, 1])[0]
     absent = ["dlse_ptr"]
     absent += [] if mask.get("docs") else ["doc_ptr", "doc_end_ptr"]
     absent += [] if mask.get("varlen") else _PACKING

@@ -63,7 +63,7 @@ def _attention_decode(
         return out.zero_()
     config = launch_config("attention_decode", q.device, q.dtype, D)
     # A wider tile of full precision products does not fit in registers.
-    narrow = T * (H // HK) <= 16 or (q.dtype == torch.float32 and D > 128)
+    narrow = T * (H // HK) <= 16 or (q.dtype == torch.float32 and D > 64)
     block_m = 16 if narrow else 32
     n_programs = B * HK * cdiv(T * (H // HK), block_m)
     n_splits = _n_splits(q, n_programs, S, config["BLOCK_N"])
@@ -184,6 +184,7 @@ def aot_cases() -> list[AotCase]:
         (80, 4, 16, torch.float16, True, True),
         (256, 8, 16, torch.bfloat16, True, False),
         (64, 4, 32, torch.float32, True, False),
+        (128, 8, 16, torch.float32, False, True),
         (256, 4, 16, torch.float32, True, False),
     ]
     cases = [case for variant in variants for case in _aot_split(*variant)]
