@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from fastgpt_kernels._common import tl, triton
 from fastgpt_kernels._norm_kernels import load_tile, row_offsets
+from fastgpt_kernels._units import multiple
 
 TANH_LINEAR = 1.5957691216057308  # 2 sqrt(2 / pi)
 TANH_CUBIC = TANH_LINEAR * 0.044715
@@ -66,15 +67,19 @@ def fwd_kernel(
     x, up, y, n_rows, n_cols, out_stride, x_inner, x_outer, x_step, x_col,
     up_inner, up_outer, up_step, up_col,
     KIND: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
+    n_cols = multiple(n_cols, UNIT)
     rows, cols = _place(n_cols, BLOCK_M, BLOCK_N)
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
     out = _value(
-        load_tile(x + row_offsets(rows, x_inner, x_outer, x_step), cols, x_col, mask), KIND
+        load_tile(x + row_offsets(rows, x_inner, x_outer, x_step, UNIT), cols, x_col, mask), KIND
     )
     if GATED:
-        out *= load_tile(up + row_offsets(rows, up_inner, up_outer, up_step), cols, up_col, mask)
-    y_rows = y + rows.to(tl.int64) * out_stride
+        out *= load_tile(
+            up + row_offsets(rows, up_inner, up_outer, up_step, UNIT), cols, up_col, mask
+        )
+    y_rows = y + rows.to(tl.int64) * multiple(out_stride, UNIT)
     tl.store(y_rows[:, None] + cols[None, :], out.to(y.dtype.element_ty), mask=mask)
 
 
@@ -86,14 +91,18 @@ def bwd_kernel(
     dy, x, up, dx, dup, n_rows, n_cols, out_stride, dy_inner, dy_outer, dy_step, dy_col,
     x_inner, x_outer, x_step, x_col, up_inner, up_outer, up_step, up_col,
     KIND: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
+    n_cols = multiple(n_cols, UNIT)
     rows, cols = _place(n_cols, BLOCK_M, BLOCK_N)
     mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    x_tile = load_tile(x + row_offsets(rows, x_inner, x_outer, x_step), cols, x_col, mask)
+    x_tile = load_tile(x + row_offsets(rows, x_inner, x_outer, x_step, UNIT), cols, x_col, mask)
     value, slope = _value_and_slope(x_tile, KIND)
-    grad = load_tile(dy + row_offsets(rows, dy_inner, dy_outer, dy_step), cols, dy_col, mask)
-    at = (rows.to(tl.int64) * out_stride)[:, None] + cols[None, :]
+    grad = load_tile(dy + row_offsets(rows, dy_inner, dy_outer, dy_step, UNIT), cols, dy_col, mask)
+    at = (rows.to(tl.int64) * multiple(out_stride, UNIT))[:, None] + cols[None, :]
     if GATED:
         tl.store(dup + at, (grad * value).to(dup.dtype.element_ty), mask=mask)
-        grad *= load_tile(up + row_offsets(rows, up_inner, up_outer, up_step), cols, up_col, mask)
+        grad *= load_tile(
+            up + row_offsets(rows, up_inner, up_outer, up_step, UNIT), cols, up_col, mask
+        )
     tl.store(dx + at, (grad * slope).to(dx.dtype.element_ty), mask=mask)

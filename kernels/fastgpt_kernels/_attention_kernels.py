@@ -42,6 +42,7 @@ from fastgpt_kernels._attention_blocks import (
 )
 from fastgpt_kernels._common import tl, triton
 from fastgpt_kernels._soft_cap import tanh
+from fastgpt_kernels._units import multiple
 
 
 @triton.jit
@@ -97,9 +98,9 @@ def fwd_kernel(
     PAIRWISE: tl.constexpr = False,  # pyright: ignore[reportArgumentType]
 ):  # fmt: skip
     """One block of queries of one head: out (B, T, H, D) and lse (B, H, T)."""
-    stride_qh, stride_qt = stride_qh * UNIT, stride_qt * UNIT
-    stride_kh, stride_ks = stride_kh * UNIT, stride_ks * UNIT
-    stride_vh, stride_vs = stride_vh * UNIT, stride_vs * UNIT
+    stride_qh, stride_qt = multiple(stride_qh, UNIT), multiple(stride_qt, UNIT)
+    stride_kh, stride_ks = multiple(stride_kh, UNIT), multiple(stride_ks, UNIT)
+    stride_vh, stride_vs = multiple(stride_vh, UNIT), multiple(stride_vs, UNIT)
     start_m, head, at_q, at_k, row, stats, T, S = query_block(
         tiles_ptr, cu_q_ptr, cu_k_ptr, n_tiles, n_seqs, n_heads, T, S, VARLEN, BLOCK_M
     )
@@ -114,9 +115,9 @@ def fwd_kernel(
         CAUSAL, WINDOWED, DOCS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     head_k = (head // GROUP).to(tl.int64)
-    q_base = q_ptr + at_q * stride_qb * UNIT + head.to(tl.int64) * stride_qh
-    k_base = k_ptr + at_k * stride_kb * UNIT + head_k * stride_kh
-    v_base = v_ptr + at_k * stride_vb * UNIT + head_k * stride_vh
+    q_base = q_ptr + at_q * multiple(stride_qb, UNIT) + head.to(tl.int64) * stride_qh
+    k_base = k_ptr + at_k * multiple(stride_kb, UNIT) + head_k * stride_kh
+    v_base = v_ptr + at_k * multiple(stride_vb, UNIT) + head_k * stride_vh
     q_tile = tile(q_base, rows, stride_qt, cols, stride_qd)
     k_tile = tile(k_base, tl.arange(0, BLOCK_N), stride_ks, cols, stride_kd)
     v_tile = tile(v_base, tl.arange(0, BLOCK_N), stride_vs, cols, stride_vd)
@@ -192,10 +193,10 @@ def bwd_dq_kernel(
     MASKED_LAST: tl.constexpr = False,  # pyright: ignore[reportArgumentType]
 ):  # fmt: skip
     """One block of queries of one head: dq (B, T, H, D), and delta (B, H, T) for dk."""
-    stride_qh, stride_qt = stride_qh * UNIT, stride_qt * UNIT
-    stride_kh, stride_ks = stride_kh * UNIT, stride_ks * UNIT
-    stride_vh, stride_vs = stride_vh * UNIT, stride_vs * UNIT
-    stride_gh, stride_gt = stride_gh * UNIT, stride_gt * UNIT
+    stride_qh, stride_qt = multiple(stride_qh, UNIT), multiple(stride_qt, UNIT)
+    stride_kh, stride_ks = multiple(stride_kh, UNIT), multiple(stride_ks, UNIT)
+    stride_vh, stride_vs = multiple(stride_vh, UNIT), multiple(stride_vs, UNIT)
+    stride_gh, stride_gt = multiple(stride_gh, UNIT), multiple(stride_gt, UNIT)
     start_m, head, at_q, at_k, row, stats, T, S = query_block(
         tiles_ptr, cu_q_ptr, cu_k_ptr, n_tiles, n_seqs, n_heads, T, S, VARLEN, BLOCK_M
     )
@@ -210,11 +211,11 @@ def bwd_dq_kernel(
         CAUSAL, WINDOWED, DOCS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     head_k = (head // GROUP).to(tl.int64)
-    k_base = k_ptr + at_k * stride_kb * UNIT + head_k * stride_kh
-    v_base = v_ptr + at_k * stride_vb * UNIT + head_k * stride_vh
+    k_base = k_ptr + at_k * multiple(stride_kb, UNIT) + head_k * stride_kh
+    v_base = v_ptr + at_k * multiple(stride_vb, UNIT) + head_k * stride_vh
     k_tile = tile(k_base, tl.arange(0, BLOCK_N), stride_ks, cols, stride_kd)
     v_tile = tile(v_base, tl.arange(0, BLOCK_N), stride_vs, cols, stride_vd)
-    do_base = do_ptr + at_q * stride_gb * UNIT + head.to(tl.int64) * stride_gh
+    do_base = do_ptr + at_q * multiple(stride_gb, UNIT) + head.to(tl.int64) * stride_gh
     do_tile = tile(do_base, rows, stride_gt, cols, stride_gd)
     do = load_tile(do_tile, row_ok, col_ok, True, MASK_COLS)
     out_base = (row * n_heads + head) * HEAD_DIM
@@ -225,7 +226,7 @@ def bwd_dq_kernel(
         delta -= tl.load(dlse_ptr + stats + rows, mask=row_ok, other=0.0)
     tl.store(delta_ptr + stats + rows, delta, mask=row_ok)
     lse = tl.load(lse_ptr + stats + rows, mask=row_ok, other=float("inf"))
-    q_base = q_ptr + at_q * stride_qb * UNIT + head.to(tl.int64) * stride_qh
+    q_base = q_ptr + at_q * multiple(stride_qb, UNIT) + head.to(tl.int64) * stride_qh
     q_tile = tile(q_base, rows, stride_qt, cols, stride_qd)
     q = load_tile(q_tile, row_ok, col_ok, True, MASK_COLS)
 
@@ -313,10 +314,10 @@ def bwd_dkv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of one key head, over the query heads sharing it: dk, dv (B, S, HK, D)."""
-    stride_qh, stride_qt = stride_qh * UNIT, stride_qt * UNIT
-    stride_kh, stride_ks = stride_kh * UNIT, stride_ks * UNIT
-    stride_vh, stride_vs = stride_vh * UNIT, stride_vs * UNIT
-    stride_gh, stride_gt = stride_gh * UNIT, stride_gt * UNIT
+    stride_qh, stride_qt = multiple(stride_qh, UNIT), multiple(stride_qt, UNIT)
+    stride_kh, stride_ks = multiple(stride_kh, UNIT), multiple(stride_ks, UNIT)
+    stride_vh, stride_vs = multiple(stride_vh, UNIT), multiple(stride_vs, UNIT)
+    stride_gh, stride_gt = multiple(stride_gh, UNIT), multiple(stride_gt, UNIT)
     n_heads_k = n_heads // GROUP
     stride_stats = T
     start_n, head_k, at_q, at_k, row, stats, T, S = key_block(
@@ -333,8 +334,8 @@ def bwd_dkv_kernel(
         CAUSAL, WINDOWED, DOCS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
-    k_base = k_ptr + at_k * stride_kb * UNIT + head_k.to(tl.int64) * stride_kh
-    v_base = v_ptr + at_k * stride_vb * UNIT + head_k.to(tl.int64) * stride_vh
+    k_base = k_ptr + at_k * multiple(stride_kb, UNIT) + head_k.to(tl.int64) * stride_kh
+    v_base = v_ptr + at_k * multiple(stride_vb, UNIT) + head_k.to(tl.int64) * stride_vh
     k_tile = tile(k_base, keys, stride_ks, cols, stride_kd)
     v_tile = tile(v_base, keys, stride_vs, cols, stride_vd)
     k = load_tile(k_tile, key_ok, col_ok, True, MASK_COLS)
@@ -343,8 +344,8 @@ def bwd_dkv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     head = (head_k * GROUP).to(tl.int64)
-    q_base = q_ptr + at_q * stride_qb * UNIT + head * stride_qh
-    do_base = do_ptr + at_q * stride_gb * UNIT + head * stride_gh
+    q_base = q_ptr + at_q * multiple(stride_qb, UNIT) + head * stride_qh
+    do_base = do_ptr + at_q * multiple(stride_gb, UNIT) + head * stride_gh
     q_tile = tile(q_base, tl.arange(0, BLOCK_M), stride_qt, cols, stride_qd)
     do_tile = tile(do_base, tl.arange(0, BLOCK_M), stride_gt, cols, stride_gd)
     dk, dv = _dkv_loop(

@@ -9,7 +9,8 @@ Conventions the kernels keep (the static gate and the interpreter tests rely on 
 - ``row = tl.program_id(0).to(tl.int64)`` before a row index meets a stride: a token count times a
   vocabulary passes 2**31 in ordinary training.
 - Row and token counts are runtime arguments listed in ``do_not_specialize``; strides and hidden
-  sizes are specialised (alignment decides 128-bit access); block sizes are ``tl.constexpr``.
+  sizes are specialised (alignment decides 128-bit access; ``_units.py`` for those that 16 does not
+  divide); block sizes are ``tl.constexpr``.
 - bfloat16 is loaded, cast, dotted and stored; never added, multiplied or compared as bfloat16.
 - Launches pass ``**launch_config(...)``, which always states ``enable_fp_fusion``.
 """

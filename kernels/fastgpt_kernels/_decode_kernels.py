@@ -23,6 +23,7 @@ from __future__ import annotations
 from fastgpt_kernels._attention_blocks import COUNTS, load_tile, tile
 from fastgpt_kernels._attention_kernels import fwd_loop
 from fastgpt_kernels._common import tl, triton
+from fastgpt_kernels._units import multiple
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -37,9 +38,9 @@ def split_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One run of keys: out (B, T, H, n_splits, D) and, if SPLIT, lse (B, T, H, n_splits)."""
-    stride_qh, stride_qt = stride_qh * UNIT, stride_qt * UNIT
-    stride_kh, stride_ks = stride_kh * UNIT, stride_ks * UNIT
-    stride_vh, stride_vs = stride_vh * UNIT, stride_vs * UNIT
+    stride_qh, stride_qt = multiple(stride_qh, UNIT), multiple(stride_qt, UNIT)
+    stride_kh, stride_ks = multiple(stride_kh, UNIT), multiple(stride_ks, UNIT)
+    stride_vh, stride_vs = multiple(stride_vh, UNIT), multiple(stride_vs, UNIT)
     pid = tl.program_id(0)
     split = pid % n_splits
     n_blocks_m = tl.cdiv(T * GROUP, BLOCK_M)
@@ -68,11 +69,11 @@ def split_kernel(
     first += split * n_mine * BLOCK_N
     n_mine = tl.maximum(tl.minimum(n_mine, n_blocks - split * n_mine), 0)
 
-    q_base = q_ptr + batch * stride_qb * UNIT
+    q_base = q_ptr + batch * multiple(stride_qb, UNIT)
     q_rows = token.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
     q = load_tile(tile(q_base, q_rows, 1, cols, stride_qd), row_ok, col_ok, True, MASK_COLS)
-    k_base = k_ptr + batch * stride_kb * UNIT + head_k.to(tl.int64) * stride_kh
-    v_base = v_ptr + batch * stride_vb * UNIT + head_k.to(tl.int64) * stride_vh
+    k_base = k_ptr + batch * multiple(stride_kb, UNIT) + head_k.to(tl.int64) * stride_kh
+    v_base = v_ptr + batch * multiple(stride_vb, UNIT) + head_k.to(tl.int64) * stride_vh
     k_tile = tile(k_base, tl.arange(0, BLOCK_N), stride_ks, cols, stride_kd)
     v_tile = tile(v_base, tl.arange(0, BLOCK_N), stride_vs, cols, stride_vd)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -87,11 +88,13 @@ def split_kernel(
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     acc *= (1.0 / total)[:, None]
-    out_rows = ((batch * T + token) * n_heads + head) * n_splits + split
+    # The program's first row apart from the rest: less is kept, or spilled, while the loop runs.
+    at = (batch * T * n_heads + head_k * GROUP) * n_splits + split
+    out_rows = (token.to(tl.int64) * n_heads + rows % GROUP) * n_splits
     if SPLIT:
         lse = tl.where(empty, -float("inf"), peak + tl.log2(total))
-        tl.store(lse_ptr + out_rows, lse, mask=row_ok)
-    out_tile = tile(out_ptr, out_rows, HEAD_DIM, cols, 1)
+        tl.store(lse_ptr + at + out_rows, lse, mask=row_ok)
+    out_tile = tile(out_ptr + at * HEAD_DIM, out_rows, HEAD_DIM, cols, 1)
     tl.store(out_tile, acc.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
 
 

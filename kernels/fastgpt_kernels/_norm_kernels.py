@@ -7,12 +7,14 @@ contiguous. Column offsets are 64-bit too: those of a transposed input reach as 
 from __future__ import annotations
 
 from fastgpt_kernels._common import tl, triton
+from fastgpt_kernels._units import multiple
 
 
 @triton.jit
-def row_offsets(rows, inner, stride_outer, stride_inner):
-    """Element offset of each row of a ``RowLayout``, in 64 bits."""
-    return (rows // inner).to(tl.int64) * stride_outer + (rows % inner).to(tl.int64) * stride_inner
+def row_offsets(rows, inner, stride_outer, stride_inner, UNIT: tl.constexpr):
+    """Element offset of each row of a ``RowLayout``, in 64 bits; ``UNIT`` divides its strides."""
+    outer = (rows // inner).to(tl.int64) * multiple(stride_outer, UNIT)
+    return outer + (rows % inner).to(tl.int64) * multiple(stride_inner, UNIT)
 
 
 @triton.jit
@@ -70,12 +72,14 @@ def fwd_kernel(
     x_inner, x_outer, x_step, x_col, res_inner, res_outer, res_step, res_col,
     RMS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, LOOPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """``total`` is x + residual, written if HAS_RESIDUAL."""
+    n_cols = multiple(n_cols, UNIT)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < n_rows
-    x_rows = x + row_offsets(rows, x_inner, x_outer, x_step)
-    res_rows = residual + row_offsets(rows, res_inner, res_outer, res_step)
+    x_rows = x + row_offsets(rows, x_inner, x_outer, x_step, UNIT)
+    res_rows = residual + row_offsets(rows, res_inner, res_outer, res_step, UNIT)
     y_rows = y + rows.to(tl.int64) * n_cols
     total_rows = total + rows.to(tl.int64) * n_cols
     if LOOPED:
@@ -127,9 +131,10 @@ def bwd_fused_kernel(
     rows_per_program, x_inner, x_outer, x_step, x_col, dy_inner, dy_outer, dy_step, dy_col,
     dt_inner, dt_outer, dt_step, dt_col,
     RMS: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dx and the partials of a group of rows from one reading; dx += dtotal if HAS_TOTAL."""
+    n_cols = multiple(n_cols, UNIT)
     program = tl.program_id(0)
     first = program * rows_per_program
     last = tl.minimum(first + rows_per_program, n_rows)
@@ -143,8 +148,8 @@ def bwd_fused_kernel(
         rows = start + tl.arange(0, BLOCK_M)
         row_mask = rows < last
         mask = row_mask[:, None] & col_mask[None, :]
-        xhat = load_tile(x + row_offsets(rows, x_inner, x_outer, x_step), cols, x_col, mask)
-        g = load_tile(dy + row_offsets(rows, dy_inner, dy_outer, dy_step), cols, dy_col, mask)
+        xhat = load_tile(x + row_offsets(rows, x_inner, x_outer, x_step, UNIT), cols, x_col, mask)
+        g = load_tile(dy + row_offsets(rows, dy_inner, dy_outer, dy_step, UNIT), cols, dy_col, mask)
         rstd = tl.load(rstd_in + rows, mask=row_mask, other=0.0)
         if not RMS:
             xhat -= tl.load(mean_in + rows, mask=row_mask, other=0.0)[:, None]
@@ -160,7 +165,7 @@ def bwd_fused_kernel(
             g -= (tl.sum(g, axis=1) / n_cols)[:, None]
         out = (g - xhat * slope[:, None]) * rstd[:, None]
         if HAS_TOTAL:
-            dt_rows = dtotal + row_offsets(rows, dt_inner, dt_outer, dt_step)
+            dt_rows = dtotal + row_offsets(rows, dt_inner, dt_outer, dt_step, UNIT)
             out += load_tile(dt_rows, cols, dt_col, mask)
         dx_rows = dx + rows.to(tl.int64) * n_cols
         tl.store(dx_rows[:, None] + cols[None, :], out.to(dx.dtype.element_ty), mask=mask)
@@ -206,6 +211,7 @@ def bwd_wide_kernel(
     dy_inner, dy_outer, dy_step, dy_col, dt_inner, dt_outer, dt_step, dt_col,
     RMS: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Rows too wide for one block: two readings, the second out of the L2 cache.
 
@@ -217,6 +223,7 @@ def bwd_wide_kernel(
 
     ``sums`` is (2, n_rows, segments), ``counters`` the next place, then the sums done per chunk.
     """
+    n_cols = multiple(n_cols, UNIT)
     segments = tl.cdiv(n_cols, BLOCK_S)
     summing = chunk_rows * segments
     place = tl.atomic_add(counters, 1) - summing
@@ -230,8 +237,8 @@ def bwd_wide_kernel(
             mean = 0.0
             if not RMS:
                 mean = tl.load(mean_in + row)
-            x_row = x + row_offsets(row, x_inner, x_outer, x_step)
-            dy_row = dy + row_offsets(row, dy_inner, dy_outer, dy_step)
+            x_row = x + row_offsets(row, x_inner, x_outer, x_step, UNIT)
+            dy_row = dy + row_offsets(row, dy_inner, dy_outer, dy_step, UNIT)
             sum_g, sum_gx = _segment_sums(
                 dy_row, dy_col, x_row, x_col, weight, mean, tl.load(rstd_in + row), job % segments,
                 n_cols, HAS_WEIGHT, BLOCK_S,
@@ -256,8 +263,12 @@ def bwd_wide_kernel(
             rows = start + tl.arange(0, BLOCK_M)
             row_mask = rows < last
             mask = row_mask[:, None] & col_mask[None, :]
-            xhat = load_tile(x + row_offsets(rows, x_inner, x_outer, x_step), cols, x_col, mask)
-            g = load_tile(dy + row_offsets(rows, dy_inner, dy_outer, dy_step), cols, dy_col, mask)
+            xhat = load_tile(
+                x + row_offsets(rows, x_inner, x_outer, x_step, UNIT), cols, x_col, mask
+            )
+            g = load_tile(
+                dy + row_offsets(rows, dy_inner, dy_outer, dy_step, UNIT), cols, dy_col, mask
+            )
             rstd = tl.load(rstd_in + rows, mask=row_mask, other=0.0)
             if not RMS:
                 xhat -= tl.load(mean_in + rows, mask=row_mask, other=0.0)[:, None]
@@ -276,7 +287,7 @@ def bwd_wide_kernel(
                 out -= _row_means(sums, rows, row_mask, segments, n_cols, SEGMENTS)[:, None]
             out *= rstd[:, None]
             if HAS_TOTAL:
-                dt_rows = dtotal + row_offsets(rows, dt_inner, dt_outer, dt_step)
+                dt_rows = dtotal + row_offsets(rows, dt_inner, dt_outer, dt_step, UNIT)
                 out += load_tile(dt_rows, cols, dt_col, mask)
             dx_rows = dx + rows.to(tl.int64) * n_cols
             tl.store(dx_rows[:, None] + cols[None, :], out.to(dx.dtype.element_ty), mask=mask)

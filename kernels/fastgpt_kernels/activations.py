@@ -37,6 +37,7 @@ from fastgpt_kernels._common import (
     row_layout,
     use_triton,
 )
+from fastgpt_kernels._units import row_unit
 
 
 def _halves(x: Tensor, up: Tensor | None, kind: str) -> tuple[Tensor, Tensor | None]:
@@ -57,6 +58,7 @@ def _launch_fwd(x: Tensor, up: Tensor | None, kind: str) -> Tensor:
     config = launch_config("activation", x.device, x.dtype, next_power_of_2(layout.n_cols))
     grid = cdiv(layout.n_rows, config["BLOCK_M"]) * cdiv(layout.n_cols, config["BLOCK_N"])
     flags: dict[str, Any] = {"KIND": kind.removesuffix("_gate"), "GATED": up is not None}
+    flags["UNIT"] = row_unit(layout, other)
     with device_guard(x):
         fwd_kernel[(grid,)](
             layout.tensor, other.tensor, y, layout.n_rows, layout.n_cols, layout.n_cols,
@@ -82,6 +84,7 @@ def _launch_bwd(dy: Tensor, x: Tensor, up: Tensor | None, kind: str) -> tuple[Te
     config = launch_config("activation", x.device, x.dtype, next_power_of_2(layout.n_cols))
     grid = cdiv(layout.n_rows, config["BLOCK_M"]) * cdiv(layout.n_cols, config["BLOCK_N"])
     flags: dict[str, Any] = {"KIND": kind.removesuffix("_gate"), "GATED": factor is not None}
+    flags["UNIT"] = row_unit(layout, other, dy_layout)
     with device_guard(x):
         bwd_kernel[(grid,)](
             dy_layout.tensor, layout.tensor, other.tensor, dx, second, layout.n_rows, layout.n_cols,
@@ -152,13 +155,14 @@ def aot_cases() -> list[AotCase]:
     cases = []
     kernels = (("activation_fwd", fwd_kernel), ("activation_bwd", bwd_kernel))
     for (label, fn), (kind, gated), width, (name, dtype) in itertools.product(
-        kernels, _AOT_KINDS, (4096, 64), AOT_DTYPES.items()
+        kernels, _AOT_KINDS, (4096, 64, 512), AOT_DTYPES.items()
     ):
         tensors = dict.fromkeys(("x", "up", "y", "dy", "dx", "dup"), f"*{name}")
         strides = [f"{x}_{part}" for x in ("x", "up", "dy") for part in ("inner", "col")]
         cases += aot_variants(
             f"{label}/{kind}{'_gated' * gated}_{width}_{name}", "activation", fn, dtype, width,
-            {**_AOT_TYPES, **tensors}, {"KIND": kind, "GATED": gated, **dict.fromkeys(strides, 1)},
+            {**_AOT_TYPES, **tensors},
+            {"KIND": kind, "GATED": gated, **dict.fromkeys((*strides, "UNIT"), 1)},
             ("n_cols", "out_stride", "x_outer", "up_outer", "dy_outer"),
         )  # fmt: skip
     return cases

@@ -7,7 +7,6 @@ Legend: B batch, H query heads, HK key heads, T queries, S keys, D head size.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from fastgpt_kernels import _cpu_attention as cpu_attention
 from fastgpt_kernels import cpu
-from fastgpt_kernels._attention_blocks import COUNTS
 from fastgpt_kernels._attention_kernels import bwd_dkv_kernel, bwd_dq_kernel, fwd_kernel
 from fastgpt_kernels._common import (
     NAMESPACE,
@@ -26,9 +24,9 @@ from fastgpt_kernels._common import (
     device_guard,
     launch_config,
     next_power_of_2,
-    triton,
     use_triton,
 )
+from fastgpt_kernels._units import common_unit
 
 
 def constants(
@@ -55,34 +53,10 @@ def steps(x: Tensor) -> list[int]:
     return [*(0 if size == 1 else stride for size, stride in leading), x.stride(-1)]
 
 
-def unit_and_strides(*tensors: list[int]) -> tuple[int, list[int]]:
-    """The unit that a launch gives leading strides in, and the strides of its tensors in a row.
-
-    The compiler is told which arguments are multiples of 16. Of the strides of heads of 72 it would
-    know nothing and load 2 bytes at a time, so they come in units of 8. The kernels multiply with
-    the unit in 32 bits, but for the first strides, of a batch, which may be longer.
-    """
+def strides_and_unit(*tensors: list[int]) -> tuple[list[int], int]:
+    """The strides of tensors in a row, and the ``common_unit`` of the leading ones."""
     leading = [stride for strides in tensors for stride in strides[:-1]]
-    unit = math.gcd(16, *leading)
-    if unit == 16 or any(stride >= 2**31 for strides in tensors for stride in strides[1:-1]):
-        unit = 1
-    return unit, [
-        stride
-        for strides in tensors
-        for stride in (*(leading // unit for leading in strides[:-1]), strides[-1])
-    ]
-
-
-@functools.cache
-def for_unit(kernel: Any, unit: int) -> Any:
-    """``kernel``, or of strides in units a version that is compiled once for all strides.
-
-    What 16 divides among them changes with the number of tokens, and tells nothing.
-    """
-    if unit == 1:
-        return kernel
-    strides = [f"stride_{tensor}{dim}" for tensor in "qkvg" for dim in "bhts"]
-    return triton.jit(do_not_specialize=[*COUNTS, *strides])(kernel.fn)
+    return [stride for strides in tensors for stride in strides], common_unit(*leading)
 
 
 _NOT_PACKED = None, None, None  # cu_seqlens of queries and of keys, tiles
@@ -116,10 +90,10 @@ def _attention(
         D, H // HK, causal=causal, windowed=window > 0, softcap=softcap > 0.0,
         docs=doc_start is not None,
     )  # fmt: skip
-    unit, strides = unit_and_strides(*map(steps, (q, k, v)))
+    strides, unit = strides_and_unit(*map(steps, (q, k, v)))
     with device_guard(q):
         launch(
-            for_unit(fwd_kernel, unit), cdiv(T, config["BLOCK_M"]) * B * H,
+            fwd_kernel, cdiv(T, config["BLOCK_M"]) * B * H,
             q, k, v, doc_start, *_NOT_PACKED, out, lse, *strides,
             H, T, S, window, 0, 0, *score_factors(scale, softcap), UNIT=unit, **shape, **config,
         )  # fmt: skip
@@ -148,21 +122,20 @@ def _attention_backward(
         D, H // HK, causal=causal, windowed=window > 0, softcap=softcap > 0.0,
         docs=doc_start is not None,
     )  # fmt: skip
-    unit, strides = unit_and_strides(*map(steps, (q, k, v, grad)))
-    shape["UNIT"] = unit
+    strides, shape["UNIT"] = strides_and_unit(*map(steps, (q, k, v, grad)))
     scalars = (H, T, S, window, 0, 0, scale, *score_factors(scale, softcap))
     with device_guard(q):
         if dq.numel():
             config = launch_config("attention_bwd_dq", q.device, q.dtype, D)
             launch(
-                for_unit(bwd_dq_kernel, unit), cdiv(T, config["BLOCK_M"]) * B * H,
+                bwd_dq_kernel, cdiv(T, config["BLOCK_M"]) * B * H,
                 q, k, v, doc_start, *_NOT_PACKED, out, grad, grad_lse, lse, delta, dq,
                 *strides, *scalars, **shape, **config,
             )  # fmt: skip
         if dk.numel():
             config = launch_config("attention_bwd_dkv", q.device, q.dtype, D)
             launch(
-                for_unit(bwd_dkv_kernel, unit), cdiv(S, config["BLOCK_N"]) * B * HK,
+                bwd_dkv_kernel, cdiv(S, config["BLOCK_N"]) * B * HK,
                 q, k, v, doc_end, *_NOT_PACKED, grad, lse, delta, dk, dv,
                 *strides, *scalars, **shape, **config,
             )  # fmt: skip
@@ -416,7 +389,7 @@ def _aot_variants(
     types.update(dict.fromkeys(("doc_ptr", "doc_end_ptr", *_PACKING), "*i32"))
     types.update(scale="fp32", score_in="fp32", score_log2="fp32")
     fixed = constants(D, group, **mask) | {arg: 1 for arg in strides if arg.endswith("d")}
-    fixed["UNIT"] = unit = unit_and_strides([D, 1])[0]
+    fixed["UNIT"] = unit = common_unit(D)
     absent = ["dlse_ptr"]
     absent += [] if mask.get("docs") else ["doc_ptr", "doc_end_ptr"]
     absent += [] if mask.get("varlen") else _PACKING

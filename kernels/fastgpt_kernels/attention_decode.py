@@ -28,11 +28,10 @@ from fastgpt_kernels.attention import (
     check_positive,
     check_types,
     default_scale,
-    for_unit,
     launch,
     score_factors,
     steps,
-    unit_and_strides,
+    strides_and_unit,
 )
 
 _PROGRAMS_PER_SM = 4  # what the smallest tiles leave room for, so that loads overlap
@@ -71,10 +70,10 @@ def _attention_decode(
     if n_splits > 1:
         part = q.new_empty((B, T, H, n_splits, D), dtype=torch.float32)
         lse = q.new_empty((B, T, H, n_splits), dtype=torch.float32)
-    unit, strides = unit_and_strides(*map(steps, (q, k_cache, v_cache)))
+    strides, unit = strides_and_unit(*map(steps, (q, k_cache, v_cache)))
     with device_guard(q):
         launch(
-            for_unit(split_kernel, unit), n_programs * n_splits,
+            split_kernel, n_programs * n_splits,
             q, k_cache, v_cache, lengths, starts, part, lse,
             *strides, H, T, S, window, n_splits, *score_factors(scale, softcap),
             GROUP=H // HK, HEAD_DIM=D, WINDOWED=window > 0, SOFTCAP=softcap > 0.0,
@@ -183,6 +182,7 @@ def aot_cases() -> list[AotCase]:
         (128, 8, 32, torch.bfloat16, False, True),
         (80, 4, 16, torch.float16, True, True),
         (256, 8, 16, torch.bfloat16, True, False),
+        (256, 8, 32, torch.bfloat16, False, True),
         (64, 4, 32, torch.float32, True, False),
         (128, 8, 16, torch.float32, False, True),
         (256, 4, 16, torch.float32, True, False),

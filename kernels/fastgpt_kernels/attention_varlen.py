@@ -33,12 +33,11 @@ from fastgpt_kernels.attention import (
     check_types,
     constants,
     default_scale,
-    for_unit,
     launch,
     output_gradients,
     score_factors,
     steps,
-    unit_and_strides,
+    strides_and_unit,
 )
 
 _TILES = {"CHUNK": 256, "num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
@@ -79,11 +78,11 @@ def _attention(
     shape = constants(
         D, H // HK, causal=causal, windowed=window > 0, softcap=softcap > 0.0, varlen=True
     )
-    unit, strides = unit_and_strides(*map(_steps, (q, k, v)))
+    strides, unit = strides_and_unit(*map(_steps, (q, k, v)))
     with device_guard(q):
         tiles = _tiles(cu_q, T, config["BLOCK_M"])
         launch(
-            for_unit(fwd_kernel, unit), tiles.shape[1] * H,
+            fwd_kernel, tiles.shape[1] * H,
             q, k, v, None, cu_q, cu_k, tiles, out, lse, *strides,
             H, T, S, window, cu_q.shape[0] - 1, tiles.shape[1], *score_factors(scale, softcap),
             UNIT=unit, **shape, **config,
@@ -105,8 +104,7 @@ def _attention_backward(
     shape = constants(
         D, H // HK, causal=causal, windowed=window > 0, softcap=softcap > 0.0, varlen=True
     )
-    unit, strides = unit_and_strides(*map(_steps, (q, k, v, grad)))
-    shape["UNIT"] = unit
+    strides, shape["UNIT"] = strides_and_unit(*map(_steps, (q, k, v, grad)))
     factors = (scale, *score_factors(scale, softcap))
     n_seqs = cu_q.shape[0] - 1
     with device_guard(q):
@@ -114,7 +112,7 @@ def _attention_backward(
             config = launch_config("attention_bwd_dq", q.device, q.dtype, D)
             tiles = _tiles(cu_q, T, config["BLOCK_M"])
             launch(
-                for_unit(bwd_dq_kernel, unit), tiles.shape[1] * H,
+                bwd_dq_kernel, tiles.shape[1] * H,
                 q, k, v, None, cu_q, cu_k, tiles, out, grad, grad_lse, lse, delta, dq,
                 *strides, H, T, S, window, n_seqs, tiles.shape[1], *factors, **shape, **config,
             )  # fmt: skip
@@ -122,7 +120,7 @@ def _attention_backward(
             config = launch_config("attention_bwd_dkv", q.device, q.dtype, D)
             tiles = _tiles(cu_k, S, config["BLOCK_N"])
             launch(
-                for_unit(bwd_dkv_kernel, unit), tiles.shape[1] * HK,
+                bwd_dkv_kernel, tiles.shape[1] * HK,
                 q, k, v, None, cu_q, cu_k, tiles, grad, lse, delta, dk, dv,
                 *strides, H, T, S, window, n_seqs, tiles.shape[1], *factors, **shape, **config,
             )  # fmt: skip

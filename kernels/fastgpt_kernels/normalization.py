@@ -51,6 +51,7 @@ from fastgpt_kernels._common import (
     use_triton,
 )
 from fastgpt_kernels._norm_kernels import bwd_fused_kernel, bwd_wide_kernel, fwd_kernel
+from fastgpt_kernels._units import common_unit, row_unit
 
 FUSED_BACKWARD_MAX = 8192
 """Widest row whose dx, dw and db come from one block; beyond it the accumulators spill."""
@@ -78,6 +79,7 @@ def _launch_fwd(
     flags: dict[str, Any] = {
         **{"RMS": rms, "HAS_RESIDUAL": residual is not None},
         **{"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None},
+        "UNIT": row_unit(layout, other),
     }
     w = y if weight is None else weight.contiguous()
     b = y if bias is None else bias.contiguous()
@@ -120,6 +122,7 @@ def _launch_bwd(
     flags: dict[str, Any] = {
         **{"RMS": rms, "HAS_TOTAL": dtotal is not None},
         **{"HAS_WEIGHT": weight is not None, "HAS_BIAS": has_bias},
+        "UNIT": row_unit(x_layout, dy_layout, dt_layout),
     }
     fused = n_cols <= FUSED_BACKWARD_MAX
     config = launch_config(
@@ -266,8 +269,8 @@ _AOT_TYPES = {
     **{"eps": "fp32", "counters": "*i32"},
 }
 _AOT_KERNELS = (
-    ("norm_fwd", fwd_kernel, (16, 64, 256, 768, 2048, 4096, 8192, 16384, 65536)),
-    ("norm_bwd_fused", bwd_fused_kernel, (16, 64, 256, 768, 2048, 4096, 8192)),
+    ("norm_fwd", fwd_kernel, (16, 64, 256, 768, 1000, 2048, 4096, 8192, 16384, 65536)),
+    ("norm_bwd_fused", bwd_fused_kernel, (16, 64, 256, 768, 1000, 2048, 4096, 8192)),
     ("norm_bwd_wide", bwd_wide_kernel, (16384, 32768, 65536)),
 )
 _ADD_WIDTHS = (768, 4096, 8192, 32768, 65536)
@@ -289,13 +292,14 @@ def aot_cases() -> list[AotCase]:
             constants = {
                 **{"RMS": rms, "HAS_RESIDUAL": add, "HAS_TOTAL": add},
                 **{"HAS_WEIGHT": True, "HAS_BIAS": not rms},
-                **dict.fromkeys((*inner, *cols), 1),
+                **{**dict.fromkeys((*inner, *cols), 1), "UNIT": common_unit(width)},
             }
+            aligned = ("n_cols", "x_outer", "dy_outer", "res_outer", "dt_outer")
             kind = f"{'add_' if add else ''}{'rms' if rms else 'layer'}"
             cases += aot_variants(
                 f"{kernel}/{kind}_{width}_{name}", kernel, fn, AOT_DTYPES[x],
                 next_power_of_2(width), {**_AOT_TYPES, **pointers}, constants,
-                ("n_cols", "x_outer", "dy_outer", "res_outer", "dt_outer"),
+                aligned if common_unit(width) == 1 else (),
             )  # fmt: skip
     return cases
 

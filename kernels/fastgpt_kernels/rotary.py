@@ -39,6 +39,7 @@ from fastgpt_kernels._common import (
     triton,
     use_triton,
 )
+from fastgpt_kernels._units import common_unit, multiple
 
 MAX_HALF = 256
 """Most pairs of one head."""
@@ -50,9 +51,16 @@ def rotary_kernel(
     cs_0, cs_1, cs_2, pos_0, pos_1, pos_2,
     HAS_POSITIONS: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
     HALF: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
+    BLOCK_REST: tl.constexpr, UNIT: tl.constexpr, ANGLE_UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Rows are the three leading dims, flattened; ``*_0``, ``*_1``, ``*_2`` are their strides."""
+    """Rows are the three leading dims, flattened; ``*_0``, ``*_1``, ``*_2`` are their strides.
+
+    ``UNIT`` divides those of x and y, ``ANGLE_UNIT`` those of the cosines and sines.
+    """
+    x_0, x_1, x_2 = multiple(x_0, UNIT), multiple(x_1, UNIT), multiple(x_2, UNIT)
+    y_0, y_1, y_2 = multiple(y_0, UNIT), multiple(y_1, UNIT), multiple(y_2, UNIT)
+    cs_0, cs_1 = multiple(cs_0, ANGLE_UNIT), multiple(cs_1, ANGLE_UNIT)
+    cs_2 = multiple(cs_2, ANGLE_UNIT)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < n_rows
     i_2 = (rows % size_2).to(tl.int64)
@@ -121,7 +129,10 @@ def _launch(
         **{"HALF": half, "DIM": dim, "BLOCK_REST": next_power_of_2(max(dim - 2 * half, 1))},
     }
     n_rows = math.prod(lead)
-    strides: list[Any] = [*_three(lead, x, 1), x.stride(-1), *_three(lead, y, 1), y.stride(-1)]
+    x_strides, y_strides = _three(lead, x, 1), _three(lead, y, 1)
+    flags["UNIT"] = common_unit(*x_strides, *y_strides)
+    flags["ANGLE_UNIT"] = common_unit(*angle_strides)
+    strides: list[Any] = [*x_strides, x.stride(-1), *y_strides, y.stride(-1)]
     strides += [*angle_strides, *position_strides]
     with device_guard(x):
         rotary_kernel[(cdiv(n_rows, config["BLOCK_M"]),)](
@@ -174,18 +185,18 @@ def aot_cases() -> list[AotCase]:
     types = {**dict.fromkeys((*integers, *strides), "i32"), "cos": "*fp32", "sin": "*fp32"}
     kinds = ((False, False), (False, True), (True, False))
     for (half, dim), (interleaved, positions), (name, dtype) in itertools.product(
-        ((64, 128), (32, 64), (16, 64)), kinds, AOT_DTYPES.items()
+        ((64, 128), (32, 64), (16, 64), (20, 40)), kinds, AOT_DTYPES.items()
     ):
         constants = {
             **{"HAS_POSITIONS": positions, "INTERLEAVED": interleaved, "INVERSE": False},
             **{"HALF": half, "DIM": dim, "BLOCK_REST": next_power_of_2(max(dim - 2 * half, 1))},
-            **{"x_col": 1, "y_col": 1},
+            **{"x_col": 1, "y_col": 1, "UNIT": common_unit(dim), "ANGLE_UNIT": common_unit(half)},
         }
         label = f"{half * 2}of{dim}{'_interleaved' * interleaved}{'_positions' * positions}"
         cases += aot_variants(
             f"rotary/{label}_{name}", "rotary", rotary_kernel, dtype, half,
             {**types, "x": f"*{name}", "y": f"*{name}", "positions": "*i64"}, constants,
-            tuple(name for name in strides if not name.startswith("pos")),
+            tuple(name for name in strides if not name.startswith("pos") and dim % 16 == 0),
         )  # fmt: skip
     return cases
 

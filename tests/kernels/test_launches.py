@@ -146,6 +146,37 @@ def test_heads_that_16_does_not_divide_are_read_in_16_bytes(launched, D):
     assert len(launched) == 6
 
 
+def third(x: Tensor) -> Tensor:
+    """The same shape as the middle third of the columns of a wider tensor."""
+    shape = (*x.shape[:-1], 3, x.shape[-1])
+    return torch.ones(shape, dtype=x.dtype)[..., 1, :].requires_grad_()
+
+
+NORMS = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
+ACTIVATIONS = ["geglu", "gelu", "relu_squared", "swiglu"]
+
+
+@pytest.mark.parametrize("change", [None, third])
+@pytest.mark.parametrize("name", [*NORMS, *ACTIVATIONS, "rotary"])
+def test_rows_that_16_does_not_divide_are_read_in_16_bytes(launched, name, change):
+    """The launcher says nothing of 40, and the compiler would read 2 bytes at a time."""
+    _run(name, 40, torch.bfloat16, change)
+    for kernel_name, kernel in launched:
+        report = static.analyse_kernel(kernel, "sm_90")
+        assert report.load_bits == 128, kernel_name
+        # Half of a rotated head of 40 begins 40 bytes after the first.
+        assert report.store_bits == (64 if name == "rotary" else 128), kernel_name
+
+
+def test_long_rows_that_16_does_not_divide_are_read_in_16_bytes(launched):
+    x = torch.ones(2, 8200, dtype=torch.bfloat16, requires_grad=True)
+    ours.rms_norm(x, 8200).backward(torch.ones_like(x))
+    for name, kernel in launched:
+        report = static.analyse_kernel(kernel, "sm_90")
+        assert (report.load_bits, report.store_bits) == (128, 128), name
+    assert [name.rsplit(".")[-1] for name, _ in launched] == ["fwd_kernel", "bwd_wide_kernel"]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("D", range(8, 257, 8))
 def test_no_head_size_spills(launched, D):
