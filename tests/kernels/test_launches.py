@@ -178,9 +178,10 @@ def test_long_rows_that_16_does_not_divide_are_read_in_16_bytes(launched):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("D", range(8, 257, 8))
-def test_no_head_size_spills(launched, D):
-    q, k, v = (torch.ones(2, 64, 4, D, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+def test_no_head_size_spills(launched, D, dtype):
+    q, k, v = (torch.ones(2, 64, 4, D, dtype=dtype).transpose(1, 2) for _ in range(3))
     ours.attention(*(x.requires_grad_() for x in (q, k, v))).backward(torch.ones_like(q))
     for name, kernel in launched:
         assert not static.problems(static.analyse_kernel(kernel, "sm_90"), "sm_90"), name
