@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgpt_kernels._common import ARCHITECTURES, INTERPRETED, AotCase
+from fastgpt_kernels._common import ARCHITECTURES, HAS_TRITON, INTERPRETED, AotCase
 
 MAIN_CASES_PER_KERNEL = 2
 """The quick gate compiles this many cases of each kernel and chip: the first ones it lists."""
@@ -476,9 +476,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.accept and not options.results.is_dir():
         parser.error(f"--results {options.results}: no such directory; give that of the tables")
+    if not HAS_TRITON:
+        parser.error("this is Triton's compiler at work: pip install triton")
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET replaces the compiler: unset it")
+    every = kernel_cases()
+    if not any(options.match in case.name for case in every):
+        parser.error(f"--match {options.match}: no case has that in its name")
     failed = False
     for arch in options.arch:
-        cases = select(kernel_cases(), arch, options.match, options.main)
+        cases = select(every, arch, options.match, options.main)
         accepted = accepted_rows(options.results, arch)
         rows = dict(accepted) if options.match or options.main else {}
         print(f"{arch}\n{HEADER}")

@@ -231,3 +231,9 @@ def test_pairs_of_floats_keep_their_order():
         else:
             held.pop(registers[0], None)
     assert stored == {"FFMA2", "FMUL2"}
+
+
+def test_a_name_that_no_case_has_is_no_success(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        static.main(["--match", "atention"])
+    assert "--match atention: no case" in capsys.readouterr().err

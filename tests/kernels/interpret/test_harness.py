@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from harness import INT_POISON, assert_as_good_as, assert_unwritten, guard
 
+from fastgpt_kernels import static
+
 
 @triton.jit
 def _cast_kernel(x, y, n: tl.constexpr):
@@ -94,3 +96,9 @@ def test_error_rule_is_relative_to_pytorch():
         assert_as_good_as(exact.float() + 2.2e-4, native, exact, 2.0)
     with pytest.raises(AssertionError, match="NaN"):
         assert_as_good_as(torch.full((100,), float("nan")), native, exact, 2.0)
+
+
+def test_the_static_gate_wants_the_compiler(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        static.main([])
+    assert "unset" in capsys.readouterr().err
