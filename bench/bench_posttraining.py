@@ -384,9 +384,8 @@ def test_sft_step(benchmark) -> None:
 
     data = our_sft_data(4)
     optim = dataclasses.replace(SFTConfig().optim, lr=work.RATES["sft"])
-    loop = _Loop(
-        our_model(), loss_fn, TrainConfig(steps=100), optim, world(), work.CONTEXT, stage_state=None
-    )
+    parts = our_model(), loss_fn, TrainConfig(steps=100), optim, world()
+    loop = _Loop(*parts, work.CONTEXT, stage_state=None, varying=False)
     sizes = {"batch_size": work.SFT_ROWS, "micro_batch_size": work.SFT_ROWS}
     batches = [step_batches(data, step, **sizes) for step in range(4)]
     losses = [loop.step(batch, StopRequest()).loss for batch in batches]

@@ -232,7 +232,8 @@ def test_training_step(benchmark) -> None:
     """Our own step, for `pytest bench/ --benchmark-compare`; first its loss, then its time."""
     from fastgpt.trainer import StopRequest, _Loop
 
-    loop = _Loop(*fastgpt_parts(vocab_size=1024, steps=100), seq_len=T, stage_state=None)
+    parts = fastgpt_parts(vocab_size=1024, steps=100)
+    loop = _Loop(*parts, seq_len=T, stage_state=None, varying=False)
     losses = [loop.step(fastgpt_batch(1024, step), StopRequest()).loss for step in range(4)]
     assert abs(losses[0] - math.log(1024)) < 0.5
     assert losses[-1] < losses[0]
