@@ -103,10 +103,12 @@ def rotary_kernel(
 
 
 def _three(lead: list[int], tensor: Tensor, inner: int) -> list[int]:
-    """Strides of the leading dims ``lead`` of ``tensor`` (``inner`` dims follow), padded to 3."""
+    """Strides of the leading dims ``lead`` of ``tensor`` (``inner`` dims follow), padded to 3; 0
+    for a dim of one element, where PyTorch allows any.
+    """
     shape = (*lead, *tensor.shape[tensor.dim() - inner :])
-    strides = tensor.expand(shape).stride()
-    return [0] * (3 - len(lead)) + list(strides[: len(lead)])
+    strides = zip(lead, tensor.expand(shape).stride(), strict=False)
+    return [0] * (3 - len(lead)) + [0 if size == 1 else stride for size, stride in strides]
 
 
 def _launch(

@@ -224,7 +224,7 @@ def count_dots(ttir: str) -> dict[str, int]:
     return {"dots": len(found), "wide_dots": len(wide)}
 
 
-def _bits(mnemonic: str) -> int:
+def access_bits(mnemonic: str) -> int:
     """Width of a SASS memory access: LDG.E.128, STG.E.U16, LDGSTS.E.BYPASS.LTC128B.128 ..."""
     for part in reversed(mnemonic.split(".")):
         if part in ("256", "128", "64"):
@@ -252,8 +252,8 @@ def analyse_sass(
     return Report(
         **count_dots(ttir),
         registers=registers,
-        spill_stores=sum(_bits(i.mnemonic) // 8 for i in local if i.mnemonic.startswith("STL")),
-        spill_loads=sum(_bits(i.mnemonic) // 8 for i in local if i.mnemonic.startswith("LDL")),
+        spill_stores=sum(access_bits(i.mnemonic) // 8 for i in local if i.mnemonic.startswith("STL")),
+        spill_loads=sum(access_bits(i.mnemonic) // 8 for i in local if i.mnemonic.startswith("LDL")),
         local_in_loops=sum(i.in_loop for i in local),
         shared=shared,
         warps=resident_warps(registers, shared, num_warps, arch),
@@ -262,8 +262,8 @@ def analyse_sass(
         float64=sum(
             bool(re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|MUFU\.\w+64", i.mnemonic)) for i in code
         ),
-        load_bits=_widest(code, ("LDG",), _bits),  # LDGSTS too
-        store_bits=_widest(code, ("STG",), _bits),
+        load_bits=_widest(code, ("LDG",), access_bits),  # LDGSTS too
+        store_bits=_widest(code, ("STG",), access_bits),
     )
 
 

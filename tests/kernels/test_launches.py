@@ -125,6 +125,14 @@ def test_every_kind_of_size(launched, name, n, dtype, change):
     assert launched
 
 
+def narrowest(kernel: Any) -> int:
+    """Bits of the narrowest global access: 32 where only statistics are not read in vectors."""
+    code = static.parse_sass(static.disassemble(kernel.asm["cubin"])[0])
+    return min(
+        static.access_bits(i.mnemonic) for i in code if i.mnemonic.startswith(("LDG", "STG"))
+    )
+
+
 @pytest.mark.parametrize("D", [40, 72])
 def test_heads_that_16_does_not_divide_are_read_in_16_bytes(launched, D):
     """Their strides are multiples of 8 elements, of which the launcher tells the compiler nothing.
@@ -143,6 +151,7 @@ def test_heads_that_16_does_not_divide_are_read_in_16_bytes(launched, D):
         assert not static.problems(report, "sm_90"), name
         if "tiles" not in name and "combine" not in name:
             assert report.load_bits == 128, name
+            assert narrowest(kernel) >= 32, name
     assert len(launched) == 6
 
 
@@ -166,6 +175,20 @@ def test_rows_that_16_does_not_divide_are_read_in_16_bytes(launched, name, chang
         assert report.load_bits == 128, kernel_name
         # Half of a rotated head of 40 begins 40 bytes after the first.
         assert report.store_bits == (64 if name == "rotary" else 128), kernel_name
+        assert narrowest(kernel) >= 32, kernel_name
+
+
+def test_a_dim_of_one_element_narrows_nothing(launched):
+    """One new token cut out of fused projections: the stride of its dim of one is any number."""
+    q, k, v = (x[:, 1:2] for x in torch.ones(3, 2, 3, 4, 64, dtype=torch.bfloat16))
+    odd = [x.as_strided(x.shape, (x.stride(0), 1, *x.stride()[2:])) for x in (q, k, v)]
+    angles = torch.ones(1, 1, 32)
+    ours.rotary(odd[0], angles, angles)
+    ours.attention_decode(*odd, torch.ones(2, dtype=torch.int32))
+    ours.attention(*(x.transpose(1, 2) for x in odd))
+    for name, kernel in launched:
+        assert narrowest(kernel) >= 32, name
+    assert len(launched) == 3
 
 
 def test_long_rows_that_16_does_not_divide_are_read_in_16_bytes(launched):
