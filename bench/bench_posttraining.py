@@ -37,7 +37,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +314,9 @@ def check_same_work(row: str, ours: dict, theirs: dict) -> None:
         assert ours["ids"] == theirs["ids"]
 
 
-def compare(row: str, peers: Sequence[str], rounds: int, run: Any) -> dict[str, list[float]]:
+def compare(
+    row: str, peers: Sequence[str], rounds: int, run: Callable[[str, str], dict]
+) -> dict[str, list[float]]:
     """Units/s of the contenders in each round; of the peers, from round 2 on, the fastest."""
     found: dict[str, list[float]] = {name: [] for name in ("fastgpt", *peers)}
     for turn in range(rounds):
@@ -385,7 +388,7 @@ def test_sft_step(benchmark) -> None:
     data = our_sft_data(4)
     optim = dataclasses.replace(SFTConfig().optim, lr=work.RATES["sft"])
     parts = our_model(), loss_fn, TrainConfig(steps=100), optim, world()
-    loop = _Loop(*parts, work.CONTEXT, stage_state=None, varying=False)
+    loop = _Loop(*parts, seq_len=work.CONTEXT, stage_state=None, varying=False)
     sizes = {"batch_size": work.SFT_ROWS, "micro_batch_size": work.SFT_ROWS}
     batches = [step_batches(data, step, **sizes) for step in range(4)]
     losses = [loop.step(batch, StopRequest()).loss for batch in batches]
@@ -397,7 +400,7 @@ def test_sft_step(benchmark) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="post-training against TRL and transformers")
     parser.add_argument("--worker", nargs=2, metavar=("ROW", "STEPS"))
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has trl")
     parser.add_argument("--rounds", type=int, default=3)
@@ -431,9 +434,8 @@ def main() -> None:
                 print(f"{row}: no peers: {missing}")
             chosen = args.peers or PEERS[row]
             peers = () if missing else [name for name in PEERS[row] if name in chosen]
-            found = compare(
-                row, peers, args.rounds, lambda *what: run_one(*what, args.peer_python, weights)
-            )
+            run = partial(run_one, peer_python=args.peer_python, weights=weights)
+            found = compare(row, peers, args.rounds, run)
             results["rows"][row] = table(row, found)
             show(row, results["rows"][row])
             if args.save:

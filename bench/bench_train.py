@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from processor import processor
 
@@ -60,7 +61,7 @@ def fastgpt_parts(vocab_size: int, steps: int) -> tuple:
 
     keep_freed_memory()
     torch.manual_seed(0)
-    family = {"norm": "layer_norm", "mlp": "gelu_tanh", "position": "learned"}
+    family: dict[str, Any] = {"norm": "layer_norm", "mlp": "gelu_tanh", "position": "learned"}
     config = ModelConfig(**SHAPE, **family, vocab_size=vocab_size, context=T)
     device = torch.device("cpu")
     return (
@@ -142,7 +143,7 @@ def hugging_face_gpt2(vocab_size: int):
     from torch import nn
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    dropout: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = GPT2Config(vocab_size=vocab_size, n_positions=T, use_cache=False, **SHAPE, **dropout)
 
     class WithLoss(nn.Module):
@@ -244,7 +245,7 @@ def test_training_step(benchmark) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="a training step against its peers")
     parser.add_argument("--worker", nargs=3, metavar=("NAME", "VOCAB", "STEPS"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16)

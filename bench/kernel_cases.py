@@ -93,11 +93,17 @@ def choose(small: bool, tiny: tuple, gpu: tuple, cpu: tuple) -> tuple:
 
 
 def attention_cases() -> list[Case]:
-    def heads(small: bool) -> list[Tensor]:
-        B, H, HK, T, D = choose(
-            small, (2, 4, 2, 96, None), (4, 16, 4, 4096, 128), (2, 6, 2, 512, 64)
-        )
-        return [normal(B, T, h, D).transpose(1, 2) for h in (H, HK, HK)]
+    def causal(label: str, gpu: tuple, cpu: tuple) -> Case:
+        """(B, H, HK, T, D) on a GPU and on a CPU."""
+        B, H, HK, T, D = gpu if GPU else cpu
+
+        def heads(small: bool) -> list[Tensor]:
+            rows, heads, kv_heads, n = (2, 2 * H // HK, 2, 320) if small else (B, H, HK, T)
+            return [normal(rows, n, h, D).transpose(1, 2) for h in (heads, kv_heads, kv_heads)]
+
+        products = 2 * B * H * T * T * D  # 4 a pair and element, half of the pairs under the mask
+        return Case("attention", label, heads, ours.attention, _sdpa, reference.attention,
+                    flops=(products, products * 5 // 2))  # fmt: skip
 
     def packed(small: bool) -> list[Tensor]:
         T, H, D = choose(small, (90, 2, None), (16384, 16, 128), (1024, 4, 64))
@@ -122,14 +128,13 @@ def attention_cases() -> list[Case]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
 
-    sizes = [x.shape for x in heads(False)]
-    products = 2 * sizes[0][0] * sizes[0][1] * sizes[0][2] ** 2 * sizes[0][3]  # of a causal mask
     T, H, D = packed(False)[0].shape
     lengths = T // 8, T // 2 - T // 8, T - T // 2
     packed_products = 2 * H * D * sum(n * n for n in lengths)
     return [
-        Case("attention", "causal_grouped", heads, ours.attention, _sdpa, reference.attention,
-             flops=(products, products * 5 // 2)),
+        causal("causal_grouped", (4, 16, 4, 4096, 128), (2, 6, 2, 512, 64)),
+        causal("heads_of_64", (8, 16, 16, 1024, 64), (4, 6, 6, 256, 64)),
+        causal("long", (1, 16, 16, 16384, 128), (1, 4, 4, 1024, 64)),
         Case("attention_varlen", "4_sequences", packed, ours.attention_varlen, sequences,
              lambda q, k, v, cu: reference.attention_varlen(q, k, v, cu), constant=(3,),
              flops=(packed_products, packed_products * 5 // 2),

@@ -1,5 +1,7 @@
 """The rows of bench_posttraining.py in TRL and transformers; runs in an interpreter with these."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import json

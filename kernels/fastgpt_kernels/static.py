@@ -252,8 +252,12 @@ def analyse_sass(
     return Report(
         **count_dots(ttir),
         registers=registers,
-        spill_stores=sum(access_bits(i.mnemonic) // 8 for i in local if i.mnemonic.startswith("STL")),
-        spill_loads=sum(access_bits(i.mnemonic) // 8 for i in local if i.mnemonic.startswith("LDL")),
+        spill_stores=sum(
+            access_bits(i.mnemonic) // 8 for i in local if i.mnemonic.startswith("STL")
+        ),
+        spill_loads=sum(
+            access_bits(i.mnemonic) // 8 for i in local if i.mnemonic.startswith("LDL")
+        ),
         local_in_loops=sum(i.in_loop for i in local),
         shared=shared,
         warps=resident_warps(registers, shared, num_warps, arch),
