@@ -42,7 +42,13 @@ _NO_MASK = (
     "attention 'fastgpt' takes masks whose every query sees one run of keys up to its own (causal, "
     "padded at either end, packed by position_ids, windowed); use attn_implementation='sdpa' for "
 )
-_OTHER_MATHEMATICS = ("position_bias", "s_aux", "head_mask", "output_attentions")
+_HARMLESS = (
+    *("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"),  # said by the mask
+    *("max_length_q", "max_length_k", "seq_idx", "token_type_ids", "mm_token_type_ids"),
+    *("num_items_in_batch", "labels", "shift_labels"),
+)
+"""Tensors that models pass down to their attention and that change nothing there; others (sinks,
+biases, indices of what is seen) would."""
 
 
 def subclass(original: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
@@ -91,20 +97,21 @@ def attention_forward(
         is_causal: whether the last query sees the last key, the one before one key less ...
         sliding_window: keys a query sees.
         softcap: bound of the scores.
-        kwargs: ignored but for what would change the result, which is refused.
+        kwargs: a tensor that may change the result is refused, so are attention weights.
 
     Returns:
         (B, T, H, D), and None for the weights.
 
     Raises:
-        ValueError: dropout, attention weights, a bias or a four-dimensional mask are asked for.
+        ValueError: dropout, attention weights, a four-dimensional mask or what an unknown tensor
+            stands for (biases, sinks) are asked for.
     """
     if dropout:
         raise ValueError(f"attention 'fastgpt' has no dropout, got {dropout}; set it to 0")
-    asked = {name: kwargs.get(name) for name in _OTHER_MATHEMATICS}
-    refused = [name for name, value in asked.items() if value is not None and value is not False]
-    if refused:
-        raise ValueError(f"attention 'fastgpt' has no {refused[0]}; use 'eager' or 'sdpa'")
+    for name, given in kwargs.items():
+        unknown = isinstance(given, Tensor) and name not in _HARMLESS
+        if unknown or (name == "output_attentions" and given):
+            raise ValueError(f"attention 'fastgpt' has no {name}; use 'eager' or 'sdpa'")
     lengths_too = (torch.int32, (1, 1, 2))
     fixed = (
         attention_mask is not None
@@ -308,13 +315,27 @@ def _per_item(loss: Tensor, items: Tensor | int | None) -> Tensor:
     return loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
 
 
+def _own_head(model: Any) -> str | None:
+    """Why the loss needs the logits that ``model`` makes: its head is more than a weight."""
+    head = model.lm_head
+    if type(head) is not nn.Linear:
+        return f"its lm_head is a {type(head).__name__}"
+    if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
+        return "its lm_head has hooks"
+    return None
+
+
 @functools.cache
 def _fused_loss_class(original: type[nn.Module], output: type) -> type[nn.Module]:
+    @functools.wraps(original.forward)  # trainers and generation ask for its arguments
     def forward(
         self, input_ids=None, *args, labels=None, shift_labels=None, logits_to_keep=0,
         num_items_in_batch=None, **kwargs,
     ):  # fmt: skip
-        if labels is None and shift_labels is None:
+        if (labels is None and shift_labels is None) or _own_head(self):
+            given = {"labels": labels, "shift_labels": shift_labels}
+            given["num_items_in_batch"] = num_items_in_batch
+            kwargs |= {name: x for name, x in given.items() if x is not None}
             return original.forward(
                 self, input_ids, *args, logits_to_keep=logits_to_keep, **kwargs
             )  # fmt: skip
@@ -325,6 +346,7 @@ def _fused_loss_class(original: type[nn.Module], output: type) -> type[nn.Module
         hidden_ND = outputs.last_hidden_state.flatten(0, -2)
         loss = linear_cross_entropy(
             hidden_ND, self.lm_head.weight, _targets(labels, shift_labels, -100, hidden_ND),
+            linear_bias=self.lm_head.bias,
             reduction="mean" if num_items_in_batch is None else "sum",
         )  # fmt: skip
         rest = {name: x for name, x in outputs.items() if name != "last_hidden_state"}
@@ -387,6 +409,12 @@ def _head(name: str, module: Any, original: type[nn.Module], full_name: str, fus
             yield name, None, None, "its loss is not ForCausalLMLoss"
             return
         yield name, module, "_loss_function", causal_lm_loss
-    if fuse_loss and type(module) is original:
+    if not fuse_loss or type(module) is not original:
+        return
+    if "forward" in vars(module):
+        yield name, None, None, "its forward was replaced on the instance"
+    elif why_not := _own_head(module):
+        yield name, None, None, f"{why_not}, so the loss takes its logits"
+    else:
         output = getattr(sys.modules[original.__module__], _HEADS[full_name])
         yield name, module, "__class__", _fused_loss_class(original, output)

@@ -266,7 +266,8 @@ def patch(model: nn.Module, *, fuse_loss: bool = False) -> Patched:
             recognised, and get ``config._attn_implementation = "fastgpt"``.
         fuse_loss: let ``GPT2LMHeadModel`` and ``LlamaForCausalLM`` compute the loss by
             ``linear_cross_entropy`` when labels are given: then ``.logits`` is None, since they
-            never exist. Without it only the loss is ours and ``.logits`` are as ever.
+            never exist. Without it, or if the head is more than a weight and a bias (an adapter,
+            hooks), only the loss is ours and ``.logits`` are as ever.
 
     Returns:
         What was replaced and what was not, in order. A second call replaces nothing more.

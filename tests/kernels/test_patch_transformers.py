@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -120,6 +121,73 @@ def test_fused_loss_has_no_logits(name):
     torch.testing.assert_close(summed, model(**batch(), num_items_in_batch=4).loss)
 
 
+class Adapted(torch.nn.Linear):
+    def forward(self, input):
+        return super().forward(input) * 2.0 + 1.0
+
+
+def adapt(model):
+    weight, model.lm_head = model.lm_head.weight, Adapted(32, 61, bias=False)
+    model.lm_head.weight = weight
+
+
+def hook(model):
+    model.lm_head.register_forward_hook(lambda module, args, out: out * 2.0)
+
+
+def replace_forward(model):
+    model.lm_head.forward = lambda x: torch.nn.functional.linear(x, model.lm_head.weight) * 2.0
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("change", [adapt, hook, replace_forward])
+@by_model
+def test_fused_loss_of_a_head_that_is_more_than_a_weight(name, change, early):
+    """Adapters on the head, put there before ``patch`` or after: the loss is that of its logits."""
+    model, native = MODELS[name](), MODELS[name]()
+    if not early:
+        assert patch(model, fuse_loss=True).skipped == ()
+    for each in (model, native):
+        change(each)
+    if early:
+        assert "its lm_head " in str(patch(model, fuse_loss=True))
+    loss = model(**batch()).loss
+    torch.testing.assert_close(loss, native(**batch()).loss)
+    assert not torch.allclose(loss, MODELS[name]()(**batch()).loss)
+
+
+@by_model
+def test_fused_loss_of_a_head_with_a_bias(name):
+    model = MODELS[name]()
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(61))
+    native, exact = reference_results(model, batch())
+    assert patch(model, fuse_loss=True).skipped == ()
+    model.zero_grad()
+    output = model(**batch())
+    output.loss.backward()
+    ours = [output.loss, native[1], *(p.grad for p in model.parameters())]
+    assert_equal_models(ours, native, exact)
+
+
+@by_model
+def test_fused_loss_when_the_forward_is_not_the_class_s(name):
+    model = MODELS[name]()
+    plain = model.forward
+    model.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+    assert "replaced on the instance" in str(patch(model, fuse_loss=True))
+
+
+@by_model
+def test_fused_loss_keeps_the_arguments_that_others_ask_for(name):
+    """``generate`` passes positions, a trainer columns, only to a forward that names them."""
+    model, (inputs, _) = MODELS[name](), padded("left")
+    model.eval()
+    expected, arguments = generate(model, inputs), inspect.signature(model.forward)
+    patch(model, fuse_loss=True)
+    assert inspect.signature(model.forward) == arguments
+    torch.testing.assert_close(generate(model, inputs), expected)
+
+
 def padded(side: str) -> tuple[dict, torch.Tensor]:
     inputs, mask = batch(3, 9), torch.ones(3, 9, dtype=torch.long)
     for row, pads in enumerate((0, 2, 5)):
@@ -224,7 +292,10 @@ def test_interface_options():
     torch.testing.assert_close(out, expected.transpose(1, 2))
     last = attention_forward(module, q[:, :, -1:], k, v, None, **options)[0]
     torch.testing.assert_close(last, out[:, -1:])
-    for refused in ({"dropout": 0.1}, {"position_bias": q}, {"output_attentions": True}):
+    same = attention_forward(module, q, k, v, None, position_ids=torch.arange(5), **options)[0]
+    torch.testing.assert_close(same, out)
+    others = ({name: q} for name in ("position_bias", "sinks", "indices", "anything"))
+    for refused in ({"dropout": 0.1}, {"output_attentions": True}, *others):
         with pytest.raises(ValueError, match="fastgpt"):
             attention_forward(module, q, k, v, None, **refused)
     with pytest.raises(ValueError, match="four-dimensional"):
