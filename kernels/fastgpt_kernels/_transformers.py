@@ -16,6 +16,7 @@ Legend: B batch, H heads, T queries, S keys, D head size.
 
 from __future__ import annotations
 
+import dis
 import functools
 import importlib
 import inspect
@@ -60,11 +61,25 @@ def subclass(original: type[nn.Module], forward: Callable[..., Any]) -> type[nn.
     return type(original.__name__, (original,), body)
 
 
-def rebind(function: Callable[..., Any], names: dict[str, Any]) -> types.FunctionType:
-    """A copy of ``function`` that means something else by some of its global names."""
+def rebind(function: Callable[..., Any], names: dict[str, Any]) -> types.FunctionType | None:
+    """A copy of ``function`` that means something else by some of its global names.
+
+    The copy says ``_fastgpt_<name>``, which its module gets beside its own names: it still sees
+    what happens to those. None if it has no such global name, or an attribute of that name too.
+    """
     plain: Any = function
+    code = plain.__code__
+    uses: dict[bool, set[str]] = {True: set(), False: set()}
+    for instruction in dis.get_instructions(code):
+        if instruction.opcode in dis.hasname:
+            uses["GLOBAL" in instruction.opname].add(instruction.argval)
+    names = {name: value for name, value in names.items() if name in uses[True]}
+    if not names or names.keys() & uses[False]:
+        return None
+    said = tuple(f"_fastgpt_{name}" if name in names else name for name in code.co_names)
+    plain.__globals__.update({f"_fastgpt_{name}": value for name, value in names.items()})
     copy = types.FunctionType(
-        plain.__code__, {**plain.__globals__, **names}, plain.__name__, plain.__defaults__,
+        code.replace(co_names=said), plain.__globals__, plain.__name__, plain.__defaults__,
         plain.__closure__,
     )  # fmt: skip
     copy.__kwdefaults__ = plain.__kwdefaults__
@@ -262,9 +277,11 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int =
 
 
 @functools.cache
-def _llama_attention_class(original: type[nn.Module]) -> type[nn.Module]:
+def _llama_attention_class(original: type[nn.Module]) -> type[nn.Module] | str:
     """The method as it is, but for the rotation that its name ``apply_rotary_pos_emb`` means."""
     method = rebind(inspect.unwrap(original.forward), {"apply_rotary_pos_emb": _rotate})
+    if method is None:
+        return "its forward calls no apply_rotary_pos_emb"
     renamed = "cache" in inspect.signature(method).parameters
 
     @functools.wraps(original.forward)

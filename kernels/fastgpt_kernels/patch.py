@@ -196,9 +196,10 @@ def _sdpa_rule(original: type[nn.Module]) -> type[nn.Module] | str:
     values = {name: forward.__globals__.get(name) for name in names}
     direct = (F, F.scaled_dot_product_attention, *((nn, torch) if "functional" in names else ()))
     rebound = {name: ours[value] for name, value in values.items() if value in direct}
-    if not rebound:
+    ours_alike = _transformers.rebind(forward, rebound)
+    if ours_alike is None:
         return "calls PyTorch's attention by other than a global name"
-    return _transformers.subclass(original, _transformers.rebind(forward, rebound))
+    return _transformers.subclass(original, ours_alike)
 
 
 def _calls_sdpa(kind: type[nn.Module]) -> bool:

@@ -46,6 +46,22 @@ class LocalName(SelfAttention):
         return attend(x, x, x)
 
 
+class AttributeOfThatName(SelfAttention):
+    def forward(self, x):
+        self.F = F
+        return self.F.scaled_dot_product_attention(x, x, x)
+
+
+FACTOR, CALLS = 1.0, 0
+
+
+class UsesGlobals(SelfAttention):
+    def forward(self, x):
+        global CALLS
+        CALLS += 1
+        return super().forward(x) * FACTOR + F.scaled_dot_product_attention(x, x, x)
+
+
 class Multihead(nn.Module):
     def __init__(self, **options):
         super().__init__()
@@ -183,3 +199,22 @@ def test_state_hooks_and_shared_modules():
     norm.__class__ = nn.Identity
     with pytest.raises(ValueError, match="__class__ of 0"):
         unpatch(patched)
+
+
+def test_a_patched_forward_sees_the_globals_of_its_module(monkeypatch):
+    model, x = UsesGlobals(), torch.randn(1, 5, 16)
+    monkeypatch.setitem(globals(), "CALLS", 0)
+    assert len(patch(model).replaced) == 1
+    expected = UsesGlobals.forward(model, x)
+    torch.testing.assert_close(model(x), expected)
+    monkeypatch.setitem(globals(), "FACTOR", 3.0)
+    torch.testing.assert_close(model(x), UsesGlobals.forward(model, x))
+    assert not torch.allclose(model(x), expected)
+    assert CALLS == 5
+
+
+def test_a_name_that_is_an_attribute_too_is_left_alone():
+    model = AttributeOfThatName()
+    patched = patch(model)
+    assert patched.replaced == ()
+    assert "other than a global name" in str(patched)
