@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastgpt_kernels.cpu import fused
+from fastgpt_kernels.cpu import differentiable_once, fused
 
 
 def forward(
@@ -76,14 +76,18 @@ class _Norm(torch.autograd.Function):
         source = x if residual is None else total
         ctx.save_for_backward(source, weight, bias, mean, rstd)
         ctx.options = x.dtype, residual is not None, n_dims, rms
+        ctx.set_materialize_grads(False)
         return y, total
 
     @staticmethod
+    @differentiable_once
     def backward(ctx, dy, dtotal):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias, mean, rstd = ctx.saved_tensors
         dtype, added, n_dims, rms = ctx.options
+        if dy is None:  # only the sum is used
+            return dtotal.to(dtype), dtotal, *[None] * 5
         dx, *sums = _fused_backward(
-            dy, x, mean, rstd, weight, bias is not None, n_dims, rms, dtotal if added else None
+            dy, x, mean, rstd, weight, bias is not None, n_dims, rms, dtotal
         )
         dw, db = (
             None if parameter is None else total.to(parameter.dtype).view(parameter.shape)

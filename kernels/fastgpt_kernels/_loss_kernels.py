@@ -255,6 +255,15 @@ def loss_gradient_kernel(
 
 
 @triton.jit
+def scale_kernel(x, factor, out, n, BLOCK: tl.constexpr):
+    """``x * factor`` in float32, rounded once; all n elements adjacent, the factor in memory."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * tl.load(factor)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def whole_row_kernel(
     logits, target, grad, loss, n_cols, stride_row, stride_target, stride_grad,
     ignore_index, label_smoothing, z_loss, softcap, inv_softcap,

@@ -78,6 +78,25 @@ def fused(fn: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``backward`` that reads intermediate results, and raises if it shall be differentiated.
+
+    ``torch.autograd.function.once_differentiable`` does not where the incoming gradients depend on
+    nothing: a second derivative would silently lack what goes through the saved tensors.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "fastgpt_kernels: create_graph=True asks for second derivatives, which there are "
+                "none of; compute this part with PyTorch's own functions"
+            )
+        return backward(ctx, *grads)
+
+    return run
+
+
 def worth_fusing(x: Tensor, at_least: int = MIN_FUSED) -> bool:
     """Whether an eager call should run fused passes over ``x``.
 
@@ -183,6 +202,7 @@ class _SelfAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @differentiable_once
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, e, inverse = ctx.saved_tensors
         grad = grad.float()
@@ -298,6 +318,7 @@ class _GELUTanh(torch.autograd.Function):
         return y
 
     @staticmethod
+    @differentiable_once
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         (slope,) = ctx.saved_tensors
         return (grad.float() * slope.float()).to(grad.dtype)

@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 
 from fastgpt_kernels import cpu
-from fastgpt_kernels._common import device_guard, launch_config, next_power_of_2, use_triton
+from fastgpt_kernels._common import (
+    AOT_DTYPES,
+    AotCase,
+    aot_case,
+    cdiv,
+    device_guard,
+    launch_config,
+    next_power_of_2,
+    use_triton,
+)
 from fastgpt_kernels._linear import (
     accumulate,
     cast_under_autocast,
@@ -32,7 +41,7 @@ from fastgpt_kernels._linear import (
     logits_buffer,
     logits_into,
 )
-from fastgpt_kernels._loss_kernels import loss_gradient_kernel, whole_row_kernel
+from fastgpt_kernels._loss_kernels import loss_gradient_kernel, scale_kernel, whole_row_kernel
 from fastgpt_kernels.cross_entropy import (
     as_indices,
     check_options,
@@ -45,6 +54,7 @@ from fastgpt_kernels.cross_entropy import (
     vector_width,
 )
 
+_SCALE = {"BLOCK": 2048, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 WHOLE_ROW = 16384
 """Logits that registers hold: rows no longer are read from memory once, others twice."""
 
@@ -270,15 +280,37 @@ def _backward_rows(ctx, grad):
     )
 
 
+@torch.library.custom_op("fastgpt_kernels::linear_cross_entropy_scaled", mutates_args=())
+def linear_cross_entropy_scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x * factor`` in ``dtype``, for a float32 scalar ``factor``.
+
+    PyTorch would round a factor that lies on the GPU to the type of ``x`` first: 65,536, the loss
+    scale that GradScaler begins with, is infinite in float16.
+    """
+    if not use_triton(x):
+        return (x * factor).to(dtype)
+    x, out = x.contiguous(), x.new_empty(x.shape, dtype=dtype)
+    if x.numel():
+        with device_guard(x):
+            scale_kernel[(cdiv(x.numel(), _SCALE["BLOCK"]),)](x, factor, out, x.numel(), **_SCALE)
+    return out
+
+
+@linear_cross_entropy_scaled.register_fake
+def _(x, factor, dtype):
+    return x.new_empty(x.shape, dtype=dtype)
+
+
 def _save_sum(ctx, inputs, output):
     input, weight, bias = inputs[:3]
+    ctx.set_materialize_grads(False)  # the gradients are outputs too: zeros would be as large
     ctx.dtypes = input.dtype, weight.dtype, None if bias is None else bias.dtype
     ctx.save_for_backward(*output[1:])
 
 
 def _backward_sum(ctx, grad, *_unused):
     scaled = [
-        (saved * grad).to(dtype) if needed else None
+        linear_cross_entropy_scaled(saved, grad, dtype) if needed else None
         for saved, dtype, needed in zip(
             ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
         )
@@ -288,6 +320,18 @@ def _backward_sum(ctx, grad, *_unused):
 
 linear_cross_entropy_fwd.register_autograd(_backward_rows, setup_context=_save_rows)
 linear_cross_entropy_sum.register_autograd(_backward_sum, setup_context=_save_sum)
+
+
+def aot_cases() -> list[AotCase]:
+    """Instances for the static gate, but those of the losses, which ``cross_entropy`` lists."""
+    return [
+        aot_case(
+            f"loss_scale/{name}", scale_kernel,
+            {"x": f"*{name}", "factor": "*fp32", "out": f"*{name}", "n": "i32"}, {}, _SCALE,
+            aligned=("n",),
+        )
+        for name in AOT_DTYPES
+    ]  # fmt: skip
 
 
 def linear_cross_entropy(

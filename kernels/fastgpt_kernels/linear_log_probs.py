@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt_kernels import _cpu_log_probs
+from fastgpt_kernels import _cpu_log_probs, cpu
 from fastgpt_kernels._common import (
     AOT_DTYPES,
     AotCase,
@@ -279,7 +279,7 @@ class _Kept(torch.autograd.Function):
         return results[0], results[1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @cpu.differentiable_once
     def backward(ctx, grad_log_probs, grad_entropy):  # pyright: ignore[reportIncompatibleMethodOverride]
         *results, hidden, weight, bias, ids, logits = ctx.saved_tensors
         log_probs, entropy, top, total = results

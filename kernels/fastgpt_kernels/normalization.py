@@ -205,6 +205,7 @@ def _(grad, input, mean, rstd, weight, has_bias, n_dims, rms, grad_total=None):
 
 def _save(ctx, inputs, output):
     input, weight, bias, ctx.n_dims, _, ctx.rms = inputs
+    ctx.set_materialize_grads(False)
     ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
     ctx.save_for_backward(input, weight, output[1], output[2])
 
@@ -248,12 +249,15 @@ def _(input, residual, weight, bias, n_dims, eps, rms):
 
 def _save_add(ctx, inputs, output):
     input, _, weight, bias, ctx.n_dims, _, ctx.rms = inputs
+    ctx.set_materialize_grads(False)
     ctx.dtype = input.dtype
     ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
     ctx.save_for_backward(output[1], weight, output[2], output[3])
 
 
 def _backward_add(ctx, grad, grad_total, _grad_mean, _grad_rstd):
+    if grad is None:  # only the sum is used
+        return grad_total.to(ctx.dtype), grad_total, *[None] * 5
     dx, *rest = _gradients(ctx, grad, grad_total)
     return dx.to(ctx.dtype), dx, *rest
 

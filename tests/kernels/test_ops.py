@@ -8,9 +8,13 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.nn.functional as F
 from harness import assert_unwritten, guard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt_kernels import (
+    _cpu_norm,
+    add_layer_norm,
     cpu,
     cross_entropy,
     gae,
@@ -19,6 +23,7 @@ from fastgpt_kernels import (
     linear_log_probs,
     rms_norm,
 )
+from fastgpt_kernels.normalization import add_norm_fwd, norm_fwd
 
 OPS = torch.ops.fastgpt_kernels
 ROW_COUNTS = (2, 3, 8, 17, 64)
@@ -63,6 +68,7 @@ def _cases():
     yield "linear_cross_entropy_sum", (x, w, None, t, -100, 0.0, 0.0, 5.0, True, True, False)
     half = [v.detach().half() for v in (x, w)]
     yield "linear_cross_entropy_sum", (*half, None, t, *options, False, True, False)
+    yield "linear_cross_entropy_scaled", (half[0], torch.tensor(3.0), torch.float32)
     plain = [v.detach() for v in (x, w, b)]
     yield "linear_cross_entropy_bwd", (rows[:5], *plain, t, *options, True, False, True)
     yield "linear_log_probs_fwd", (x, w, b, t, -100, 0.7, 5.0)
@@ -205,3 +211,74 @@ def test_works_without_triton_and_says_what_is_missing():
         check=True,
     )
     assert "loss_kernel is a Triton kernel and Triton is not installed" in run.stdout
+
+
+class Zeros(TorchDispatchMode):
+    """Shapes of tensors that are made of zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "zeros" in func.__name__:
+            self.made.append(tuple(out.shape))
+        return out
+
+
+UNUSED = {  # the operator's further outputs, which nothing uses
+    "linear_cross_entropy": lambda x, w: linear_cross_entropy(x, w, torch.arange(6)),
+    "norm": lambda x, w: norm_fwd(x, w[0], w[1], 1, 1e-5, False)[0].sum(),
+    "add_norm": lambda x, w: add_norm_fwd(x, x, w[0], w[1], 1, 1e-5, False)[0].sum(),
+    "add_norm, sum": lambda x, w: add_norm_fwd(x, x, w[0], w[1], 1, 1e-5, False)[1].sum(),
+    "cross_entropy": lambda x, w: cross_entropy(F.linear(x, w), torch.arange(6)),
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_the_backward_makes_no_zeros_for_outputs_that_nothing_used(name):
+    """Of linear_cross_entropy they are as large as the gradients."""
+    x, w = _leaf(6, 8), _leaf(11, 8)
+    loss = UNUSED[name](x, w)
+    with Zeros() as zeros:
+        loss.backward()
+    assert [shape for shape in zeros.made if shape in ((6,), (6, 8), (11, 8))] == []
+
+
+@pytest.mark.parametrize("once", ["add_norm", "add_layer_norm"])
+def test_only_the_sum_is_used(once):
+    """Then the norm has no gradient, and the sum passes its own on."""
+    x, r, w = _leaf(512, 768, dtype=torch.bfloat16), _leaf(512, 768), _leaf(768)
+    if once == "add_norm":
+        total = add_norm_fwd(x, r, w, None, 1, 1e-5, True)[1]
+    else:
+        total = add_layer_norm(x, r, 768, w)[1]
+    grad = torch.randn_like(total)
+    dx, dr, dw = torch.autograd.grad(total, (x, r, w), grad, allow_unused=True)
+    assert dw is None
+    assert torch.equal(dr, grad)
+    assert torch.equal(dx, grad.bfloat16())
+
+
+SECOND = {
+    "linear_cross_entropy": lambda x: linear_cross_entropy(x, x, torch.arange(6)),
+    "linear_log_probs": lambda x: linear_log_probs(x, x, torch.arange(6))[0].sum(),
+    "norm_fwd": lambda x: norm_fwd(x, None, None, 1, 1e-5, True)[0].square().sum(),
+    "rms_norm": lambda x: _cpu_norm.add_norm(x, None, None, None, 1, 1e-5, True)[0].pow(2).sum(),
+    "gelu": lambda x: cpu.gelu_tanh(x).square().sum(),
+    "attention": lambda x: cpu._SelfAttention.apply(*[x[None, None]] * 3, x[:, :6] * 0, 1.0).sum(),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_second_derivatives_are_refused(name):
+    """Without a word they would lack a part: x**2 has one too."""
+    x = _leaf(6, 8)
+
+    def second():
+        first = torch.autograd.grad(SECOND[name](x) + x.square().sum(), x, create_graph=True)[0]
+        torch.autograd.grad(first.square().sum(), x)
+
+    with pytest.raises(RuntimeError, match=r"create_graph|no autograd formula"):
+        second()

@@ -98,3 +98,15 @@ def test_single_gradient(reduction, needed):
         leaves[needed].grad.double(), exact[needed].grad, rtol=1e-5, atol=1e-6
     )
     assert all(x.grad is None for i, x in enumerate(leaves) if i != needed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_loss_scale_beyond_float16(dtype):
+    """65,536 is what GradScaler begins with; the products fit, and are rounded once."""
+    x, out = torch.randn(41, 100).to(dtype) * 1e-3, torch.float16
+    out = x.dtype if dtype != torch.float32 else out
+    factor = torch.tensor(70001.0)
+    found = MODULE.linear_cross_entropy_scaled(x, factor, out)
+    exact = x.double() * factor.double()
+    assert found.dtype == out
+    assert ((found.double() - exact).abs() <= 0.51 * torch.finfo(out).eps * exact.abs()).all()
