@@ -117,7 +117,7 @@ def backward(
     n_rows, n_cols = hidden_ND.shape[0], weight_VD.shape[0]
     kept_N1 = (ids_N != ignore_index)[:, None]
     at_N1 = torch.where(kept_N1, ids_N[:, None], 0).long()
-    dhidden = torch.zeros_like(hidden_ND) if needs[0] else hidden_ND.new_empty(0)
+    dhidden = hidden_ND.new_zeros(hidden_ND.shape) if needs[0] else hidden_ND.new_empty(0)
     dbias = hidden_ND.new_zeros(n_cols if needs[2] else 0, dtype=torch.float32)
     parts: list[Tensor] = []
     step = rows_per_chunk(n_rows, n_cols, hidden_ND.element_size())

@@ -58,6 +58,14 @@ def _edge_columns(first, middle, n_cols, VEC: tl.constexpr):
 
 
 @triton.jit
+def _elements(cols, stride_col, VEC: tl.constexpr):
+    """Where columns lie. Of a transposed tensor the last one may be 2^31 elements from the first."""
+    if VEC == 1:
+        cols = cols.to(tl.int64)
+    return cols * stride_col
+
+
+@triton.jit
 def _statistics(
     logits, offset, n_cols, stride_col, softcap, inv_softcap,
     SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
@@ -65,7 +73,8 @@ def _statistics(
     """``top``, ``total`` (see the module) and, with SMOOTHING, the sum of the row."""
     first, middle = _split_row(offset, n_cols, VEC)
     cols, edge = _edge_columns(first, middle, n_cols, VEC)
-    edge_x = tl.load(logits + offset + cols * stride_col, mask=edge, other=float("-inf"))
+    edge_at = logits + offset + _elements(cols, stride_col, VEC)
+    edge_x = tl.load(edge_at, mask=edge, other=float("-inf"))
     edge_x = _capped(edge_x.to(tl.float32), softcap, inv_softcap, SOFTCAP)
     edge_sum = tl.sum(tl.where(edge, edge_x, 0.0), axis=0)
     edge_x = tl.where(edge, edge_x, float("-inf"))  # which a cap made finite
@@ -78,7 +87,7 @@ def _statistics(
     row_sum = tl.zeros([BLOCK], tl.float32)
     for start in range(0, middle, BLOCK):
         mask = start + groups < middle
-        at = start_of_groups + (start + lanes) * stride_col
+        at = start_of_groups + _elements(start + lanes, stride_col, VEC)
         x = tl.load(at, mask=mask, other=float("-inf")).to(tl.float32)
         if SOFTCAP:
             x = tl.where(mask, _capped(x, softcap, inv_softcap, SOFTCAP), float("-inf"))
@@ -131,7 +140,8 @@ def _gradient(
     b = grad * label_smoothing / n_cols
     first, middle = _split_row(offset, n_cols, VEC)
     cols, edge = _edge_columns(first, middle, n_cols, VEC)
-    edge_x = tl.load(logits + offset + cols * stride_col, mask=edge, other=0.0).to(tl.float32)
+    edge_at = logits + offset + _elements(cols, stride_col, VEC)
+    edge_x = tl.load(edge_at, mask=edge, other=0.0).to(tl.float32)
     edge_d = _element(edge_x, top, a, b, softcap, inv_softcap, SOFTCAP)
     tl.store(out + out_offset + cols, edge_d.to(out.dtype.element_ty), mask=edge)
     lanes = tl.arange(0, BLOCK)
@@ -140,7 +150,8 @@ def _gradient(
     out_groups = out + tl.multiple_of(out_offset + first, VEC)
     for start in range(0, middle, BLOCK):
         mask = start + groups < middle
-        x = tl.load(start_of_groups + (start + lanes) * stride_col, mask=mask, other=0.0)
+        at = start_of_groups + _elements(start + lanes, stride_col, VEC)
+        x = tl.load(at, mask=mask, other=0.0)
         d = _element(x.to(tl.float32), top, a, b, softcap, inv_softcap, SOFTCAP)
         tl.store(out_groups + start + lanes, d.to(out.dtype.element_ty), mask=mask)
     tl.debug_barrier()  # the target's element was just written by another thread

@@ -418,7 +418,7 @@ def linear_cross_entropy_gradients(
     N = hidden_ND.shape[0]
     loss_N = torch.empty(N, dtype=torch.float32)
     coef_N1 = torch.empty(N, 1, dtype=torch.float32)
-    dhidden_ND = torch.empty_like(hidden_ND)
+    dhidden_ND = hidden_ND.new_empty(hidden_ND.shape)
     grad_N1 = torch.where(targets_N == ignore_index, 0.0, grad_N).unsqueeze(1)
     ids_N = torch.where(targets_N == ignore_index, 0, targets_N).long()
     parts: list[Tensor] = []

@@ -91,10 +91,15 @@ def _launch_fwd(
 
 
 def _gradient_like(input: Tensor) -> Tensor:
-    """Memory for the gradient with the input's row stride, so that both rows are aligned alike."""
-    if input.stride(1) != 1 or input.stride(0) < input.shape[1]:
+    """Memory for the gradient whose rows are aligned like the input's: with its row stride, or a
+    shorter one where the input is a part of much longer rows.
+    """
+    (_, n_cols), (row, col) = input.shape, input.stride()
+    if col != 1 or row < n_cols:
         return input.new_empty(input.shape)
-    return input.new_empty_strided(input.shape, input.stride())
+    if row >= 2 * n_cols:
+        row = n_cols + (row - n_cols) % vector_width(input)
+    return input.new_empty_strided(input.shape, (row, 1))
 
 
 def _launch_bwd(
@@ -112,7 +117,9 @@ def _launch_bwd(
     n_rows, n_cols = input.shape
     if n_rows == 0:
         return out
-    vec = vector_width(input) if out.stride() == input.stride() else 1
+    vec = vector_width(input)
+    if (out.stride(0) - input.stride(0)) % vec:
+        vec = 1
     config = launch_config("loss_gradient", input.device, input.dtype, next_power_of_2(n_cols))
     flags: dict[str, Any] = {"SOFTCAP": soft_cap_mode(softcap, input.dtype), "VEC": vec}
     stride_row, stride_col = input.stride()

@@ -66,6 +66,10 @@ def _cases():
     yield "linear_cross_entropy_fwd", (x, w, None, t, -100, 0.0, 0.0, 0.0)
     yield "linear_cross_entropy_sum", (x, w, b, t, *options, True, True, True)
     yield "linear_cross_entropy_sum", (x, w, None, t, -100, 0.0, 0.0, 5.0, True, True, False)
+    turned = _leaf(4, 5).detach().t().requires_grad_()
+    yield "linear_cross_entropy_sum", (turned, w, b, t, *options, True, True, True)
+    yield "linear_cross_entropy_sum", (turned, w, None, t, -100, 0.0, 0.0, 5.0, True, True, False)
+    yield "linear_log_probs_fwd", (turned, w, b, t, -100, 0.7, 5.0)
     half = [v.detach().half() for v in (x, w)]
     yield "linear_cross_entropy_sum", (*half, None, t, *options, False, True, False)
     yield "linear_cross_entropy_scaled", (half[0], torch.tensor(3.0), torch.float32)

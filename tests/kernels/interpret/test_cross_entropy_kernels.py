@@ -173,9 +173,33 @@ def test_rows_beyond_31_bits():
     t = torch.tensor([1, 2, 3])
     loss, *statistics = cross_entropy_fwd(x, t, -100, 0.0, 0.0, 0.0)
     torch.testing.assert_close(loss, F.cross_entropy(x.float(), t, reduction="none"))
-    contiguous = x.contiguous()
-    d = cross_entropy_bwd(torch.ones(3), contiguous, t, *statistics, -100, 0.0, 0.0, 0.0)
+    d = cross_entropy_bwd(torch.ones(3), x, t, *statistics, -100, 0.0, 0.0, 0.0)
     leaf = x.float().requires_grad_()
+    F.cross_entropy(leaf, t, reduction="sum").backward()
+    assert max_error(d, leaf.grad) < 4e-3
+
+
+def test_columns_beyond_31_bits():
+    """Logits (V, N) transposed: V - 1 times N elements from a row's first to its last."""
+    x = huge_stride_rows(torch.randn(50, 3)).t()
+    t = torch.tensor([1, 49, 3])
+    leaf = x.clone().requires_grad_()
+    F.cross_entropy(leaf, t).backward()
+    x.requires_grad_()
+    cross_entropy(x, t).backward()
+    torch.testing.assert_close(x.grad, leaf.grad)
+
+
+@pytest.mark.parametrize(("start", "row"), [(0, 500), (8, 503), (3, 1000)])
+def test_gradient_of_a_part_of_long_rows_is_not_as_long(start, row):
+    """And stays aligned like the logits, so that both are accessed in whole groups."""
+    logits, t = torch.randn(5, row).bfloat16(), torch.arange(5)
+    part = logits[:, start : start + 41]
+    _, *statistics = cross_entropy_fwd(part, t, -100, 0.0, 0.0, 0.0)
+    d = cross_entropy_bwd(torch.ones(5), part, t, *statistics, -100, 0.0, 0.0, 0.0)
+    assert 41 <= d.stride(0) < 41 + 8
+    assert (d.stride(0) - row) % 8 == 0
+    leaf = part.float().requires_grad_()
     F.cross_entropy(leaf, t, reduction="sum").backward()
     assert max_error(d, leaf.grad) < 4e-3
 
