@@ -59,6 +59,12 @@ def load_tile(pointers, row_ok, col_ok, MASK_ROWS: tl.constexpr, MASK_COLS: tl.c
     return tl.load(pointers)
 
 
+@triton.jit
+def _row(found, n_rows):
+    """An entry of ``cu_seqlens`` that leads nowhere outside the tensors, whatever was found."""
+    return tl.minimum(tl.maximum(found, 0), n_rows)
+
+
 @triton.jit(do_not_specialize=["n_seqs", "n_rows", "n_tiles"])
 def tiles_kernel(
     cu_ptr, tiles_ptr, n_seqs, n_rows, n_tiles, BLOCK: tl.constexpr, CHUNK: tl.constexpr
@@ -74,13 +80,12 @@ def tiles_kernel(
     before = 0
     for first in range(0, seq, CHUNK):
         i = first + lane
-        begin = tl.minimum(tl.load(cu_ptr + i, mask=i < seq, other=0), n_rows)
-        end = tl.minimum(tl.load(cu_ptr + i + 1, mask=i < seq, other=0), n_rows)
-        before += tl.sum(tl.cdiv(end - begin, BLOCK), 0)
+        begin = _row(tl.load(cu_ptr + i, mask=i < seq, other=0), n_rows)
+        end = _row(tl.load(cu_ptr + i + 1, mask=i < seq, other=0), n_rows)
+        before += tl.sum(tl.cdiv(tl.maximum(end - begin, 0), BLOCK), 0)
     count = n_tiles - before
     if seq < n_seqs:
-        begin = tl.minimum(tl.load(cu_ptr + seq), n_rows)
-        end = tl.minimum(tl.load(cu_ptr + seq + 1), n_rows)
+        begin, end = _row(tl.load(cu_ptr + seq), n_rows), _row(tl.load(cu_ptr + seq + 1), n_rows)
         count = tl.minimum(count, tl.cdiv(end - begin, BLOCK))
     for first in range(0, count, CHUNK):
         i = first + lane
@@ -97,12 +102,10 @@ def _sequence_block(tiles_ptr, cu_own_ptr, cu_other_ptr, block, n_tiles, n_seqs,
     """
     seq = tl.load(tiles_ptr + block)
     start = tl.load(tiles_ptr + n_tiles + block)
-    own = tl.minimum(tl.load(cu_own_ptr + seq), n_own)
-    other = tl.minimum(tl.load(cu_other_ptr + seq), n_other)
+    own, other = _row(tl.load(cu_own_ptr + seq), n_own), _row(tl.load(cu_other_ptr + seq), n_other)
     behind = tl.minimum(seq + 1, n_seqs)
-    own_end = tl.minimum(tl.load(cu_own_ptr + behind), n_own)
-    own_end = tl.where(seq < n_seqs, own_end, n_own)
-    other_end = tl.minimum(tl.load(cu_other_ptr + behind), n_other)
+    own_end = tl.where(seq < n_seqs, _row(tl.load(cu_own_ptr + behind), n_own), n_own)
+    other_end = tl.maximum(_row(tl.load(cu_other_ptr + behind), n_other), other)
     return start, own.to(tl.int64), own_end - own, other.to(tl.int64), other_end - other
 
 

@@ -211,16 +211,17 @@ def lookup_config(kernel: str, arch: str, dtype: torch.dtype, bucket: int) -> di
     """Block sizes (upper case), ``num_warps``, ``num_stages`` and ``enable_fp_fusion`` of a kernel.
 
     The table is ``{kernel: {architecture: {bucket: {dtype or "any": {...}}}}}``. Entries of an
-    exact architecture go before those of ``sm_<major>0``, these before ``default``, bucket by
-    bucket; the bucket is the smallest one not below ``bucket``, else the largest. The result is
-    shared: copy it (``**config``) to change it.
+    exact architecture go before those of its family (``sm_<major>0``, ``gfx942`` of all AMD), these
+    before ``default``, bucket by bucket; the bucket is the smallest one not below ``bucket``, else
+    the largest. The result is shared: copy it (``**config``) to change it.
 
     Raises:
         KeyError: the kernel has no entry for this bucket and dtype.
     """
     table = _config_table()[kernel]
     buckets: dict[int, dict[str, Any]] = {}
-    for candidate in ("default", arch[:-1] + "0", arch):
+    family = "gfx942" if arch.startswith("gfx") else arch[:-1] + "0"
+    for candidate in ("default", family, arch):
         for name, entries in table.get(candidate, {}).items():
             buckets[int(name)] = {**buckets.get(int(name), {}), **entries}
     chosen = min((size for size in buckets if size >= bucket), default=max(buckets, default=0))

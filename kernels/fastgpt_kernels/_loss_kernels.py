@@ -59,7 +59,7 @@ def _edge_columns(first, middle, n_cols, VEC: tl.constexpr):
 
 @triton.jit
 def _elements(cols, stride_col, VEC: tl.constexpr):
-    """Where columns lie. Of a transposed tensor the last one may be 2^31 elements from the first."""
+    """Where columns lie; those of a transposed tensor may be more than 2^31 elements apart."""
     if VEC == 1:
         cols = cols.to(tl.int64)
     return cols * stride_col

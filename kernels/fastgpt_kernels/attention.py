@@ -86,6 +86,7 @@ def _attention(
     if out.numel() == 0:
         return out, lse
     config = launch_config("attention_fwd", q.device, q.dtype, D)
+    window = min(window, T + S)  # which hides nothing; more could overflow
     shape = constants(
         D, H // HK, causal=causal, windowed=window > 0, softcap=softcap > 0.0,
         docs=doc_start is not None,
@@ -108,10 +109,13 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) from the gradients of out and of the natural log-sum-exp (None: no gradient).
 
-    out and lse must be what the forward returned.
+    out and lse must be what the forward returned, in whatever memory.
     """
     B, H, T, D = q.shape
     HK, S = k.shape[1:3]
+    window = min(window, T + S)
+    # Hooks on saved tensors (offloading) may give them back with other strides.
+    out, lse = out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
     dq, dk, dv = _empty_like_bthd(q), _empty_like_bthd(k), _empty_like_bthd(v)
     delta = torch.empty_like(lse)
     doc_end = None

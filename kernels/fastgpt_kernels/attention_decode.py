@@ -61,6 +61,7 @@ def _attention_decode(
     if out.numel() == 0 or S == 0:
         return out.zero_()
     config = launch_config("attention_decode", q.device, q.dtype, D)
+    window = min(window, T + S)  # which hides nothing; more could overflow
     # A wider tile of full precision products does not fit in registers.
     narrow = T * (H // HK) <= 16 or (q.dtype == torch.float32 and D > 64)
     block_m = 16 if narrow else 32

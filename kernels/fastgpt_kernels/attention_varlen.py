@@ -75,6 +75,7 @@ def _attention(
     if out.numel() == 0:
         return out, lse
     config = launch_config("attention_fwd", q.device, q.dtype, D)
+    window = min(window, T + S)  # which hides nothing; more could overflow
     shape = constants(
         D, H // HK, causal=causal, windowed=window > 0, softcap=softcap > 0.0, varlen=True
     )
@@ -99,6 +100,8 @@ def _attention_backward(
     """(dq, dk, dv) like the backward of ``attention``."""
     T, H, D = q.shape
     S, HK = k.shape[:2]
+    window = min(window, T + S)
+    out, lse = out.contiguous(), lse.contiguous()  # hooks on saved tensors may move them
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     delta = torch.empty_like(lse)
     shape = constants(

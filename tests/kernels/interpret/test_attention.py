@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import mmap
+import sys
 
 import harness
 import pytest
@@ -442,3 +443,31 @@ def test_parts_of_the_keys_put_together():
     lse = torch.logaddexp(l_1, l_2)
     out = (l_1 - lse).exp()[..., None] * o_1 + (l_2 - lse).exp()[..., None] * o_2
     torch.testing.assert_close(out, attention(q, k, v, causal=False))
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, sys.maxsize])
+@pytest.mark.parametrize(("T", "S"), [(100, 100), (100, 40), (40, 100)])
+def test_windows_that_hide_nothing(T, S, window):
+    """As configurations say that there is none; they must not overflow."""
+    q, k, v = (torch.randn(1, 2, n, 16, requires_grad=True) for n in (T, S, S))
+    grad = torch.randn(1, 2, T, 16)
+    found, expected = [], []
+    for results, options in ((found, {"window": window}), (expected, {})):
+        out = attention(q, k, v, **options)
+        results += [out, *torch.autograd.grad(out, (q, k, v), grad)]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_saved_tensors_that_come_back_with_other_strides():
+    """``torch.autograd.graph.save_on_cpu(pin_memory=True)`` gives them back contiguous."""
+    q, k, v = (torch.randn(2, h, 33, 16, requires_grad=True) for h in (4, 2, 2))
+
+    def gradients(pack):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out, lse = attention_with_lse(q, k, v)
+        return torch.autograd.grad((out * lse[..., None]).sum(), (q, k, v))
+
+    moved = gradients(lambda x: torch.empty(x.shape, dtype=x.dtype).copy_(x))
+    for a, b in zip(moved, gradients(lambda x: x), strict=True):
+        assert torch.equal(a, b)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 import harness
@@ -183,3 +184,10 @@ def test_operator_passes_opcheck():
     for starts in (None, lengths(0, 3)):
         arguments = (q, k, k, lengths(80, 5), starts, 0.3, 7, 2.0)
         torch.library.opcheck(module._attention_decode, arguments)
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, sys.maxsize])
+def test_windows_that_hide_nothing(window):
+    q, k, v = torch.randn(2, 4, 2, 16), *(torch.randn(2, 40, 2, 16) for _ in range(2))
+    found = attention_decode(q, k, v, lengths(1, 40), window=window)
+    torch.testing.assert_close(found, attention_decode(q, k, v, lengths(1, 40)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -248,3 +249,31 @@ def test_operators_pass_opcheck():
     saved = [x.detach() for x in (q, k, v, out, lse)]
     grads = torch.randn(2, 20, 16).transpose(0, 1), torch.randn_like(lse)
     torch.library.opcheck(module._attention_backward, (*grads, *saved, cu, cu, *options))
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, sys.maxsize])
+def test_windows_that_hide_nothing(window):
+    cu = cumulative((40, 0, 60))
+    q, k, v = (torch.randn(100, 2, 16, requires_grad=True) for _ in range(3))
+    grad = torch.randn(100, 2, 16)
+    found, expected = [], []
+    for results, options in ((found, {"window": window}), (expected, {})):
+        out = attention_varlen(q, k, v, cu, **options)
+        results += [out, *torch.autograd.grad(out, (q, k, v), grad)]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("entries", [[60, 0], [0, 60, 0, 30], [-100, 30], [0, -5, 90, 60], [7, 7]])
+def test_whatever_cu_seqlens_hold_the_kernels_stay_inside(entries):
+    cu = torch.tensor(entries, dtype=torch.int32)
+    n_tiles = (60 + len(entries) * 15) // 16
+    memory = torch.full((3, 2 * n_tiles), -7, dtype=torch.int32)
+    arguments = (cu, memory[1], len(entries) - 1, 60, n_tiles)
+    module.launch(module.tiles_kernel, len(entries), *arguments, BLOCK=16, **module._TILES)
+    assert (memory[::2] == -7).all()
+    inputs = [harness.guard(torch.randn(60, 2, 16)) for _ in range(4)]
+    q, k, v, grad = inputs
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    attention_varlen(*leaves, cu).backward(grad)
+    harness.assert_unwritten(*inputs)
