@@ -77,6 +77,17 @@ def use_triton(x: Tensor) -> bool:
     return x.is_cuda or INTERPRETED
 
 
+def cast_under_autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Tensors (or None) in autocast's dtype where it is on, as PyTorch casts the operands of its
+    matrix products and of its attention: all but float64.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
 def check_dtype(name: str, x: Tensor) -> None:
     """Raise ValueError unless ``x`` is of a type that the function ``name`` computes in.
 

@@ -51,17 +51,6 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def cast_under_autocast(
-    input: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands in autocast's dtype where it is on, as ``torch.nn.functional.linear`` casts."""
-    device = input.device.type
-    if not torch.is_autocast_enabled(device):
-        return input, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
 def check_linear(
     name: str, input: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str]
 ) -> None:

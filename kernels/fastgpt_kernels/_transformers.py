@@ -86,14 +86,6 @@ def rebind(function: Callable[..., Any], names: dict[str, Any]) -> types.Functio
     return copy
 
 
-def autocast_alike(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on, as PyTorch's attention casts them."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
-
-
 def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None,
@@ -134,7 +126,7 @@ def attention_forward(
     )
     if attention_mask is not None and not fixed and attention_mask.dim() != 2:
         raise ValueError(_NO_MASK + "four-dimensional masks")
-    q, k, v = autocast_alike(query, key, value)
+    q, k, v = query, key, value
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     options = {"scale": scaling, "window": sliding_window, "softcap": softcap or None}
     (B, _, T, _), S = q.shape, k.shape[2]

@@ -20,6 +20,7 @@ from fastgpt_kernels._common import (
     NAMESPACE,
     AotCase,
     aot_variants,
+    cast_under_autocast,
     cdiv,
     device_guard,
     launch_config,
@@ -199,7 +200,7 @@ def attention(
 
     On a GPU this runs the Triton kernels, on a CPU ``fastgpt_kernels.cpu.attention``. Any strides
     are taken as they are: ``x.view(B, T, H, D).transpose(1, 2)`` costs nothing, and neither does
-    ``out.transpose(1, 2).flatten(2)``.
+    ``out.transpose(1, 2).flatten(2)``. Under autocast the operands are cast, as PyTorch's are.
 
     Args:
         q_BHTD: queries; float32, float16 or bfloat16; D from 1 to 256.
@@ -221,6 +222,7 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or options that do not fit together.
     """
+    q_BHTD, k_BHSD, v_BHSD = cast_under_autocast(q_BHTD, k_BHSD, v_BHSD)
     _check(q_BHTD, k_BHSD, v_BHSD, scale, window, softcap, doc_start)
     scale = default_scale(q_BHTD, scale)
     if not use_triton(q_BHTD):
@@ -275,6 +277,7 @@ def attention_with_lse(
     Raises:
         ValueError: shapes, dtypes or options that do not fit together.
     """
+    q_BHTD, k_BHSD, v_BHSD = cast_under_autocast(q_BHTD, k_BHSD, v_BHSD)
     _check(q_BHTD, k_BHSD, v_BHSD, scale, window, softcap, doc_start)
     scale = default_scale(q_BHTD, scale)
     if not use_triton(q_BHTD):
@@ -321,7 +324,7 @@ def default_scale(q: Tensor, scale: float | None) -> float:
 
 
 def check_types(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless the kernels take these dtypes and this head size."""
+    """Raise ValueError unless the kernels take these dtypes, devices and this head size."""
     D = q.shape[-1]
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not 1 <= D <= 256:
         raise ValueError(
@@ -330,6 +333,8 @@ def check_types(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"{name}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"{name}: q, k, v are on {q.device}, {k.device}, {v.device}; move them")
 
 
 def check_positive(name: str, window: int | None, **options: float | None) -> None:

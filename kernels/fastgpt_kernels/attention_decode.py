@@ -16,6 +16,7 @@ from fastgpt_kernels._common import (
     AotCase,
     aot_case,
     aot_variants,
+    cast_under_autocast,
     cdiv,
     device_guard,
     launch_config,
@@ -131,6 +132,7 @@ def attention_decode(
         ValueError: shapes, dtypes or options that do not fit together, or inputs that require a
             gradient.
     """
+    q_BTHD, k_cache_BSHD, v_cache_BSHD = cast_under_autocast(q_BTHD, k_cache_BSHD, v_cache_BSHD)
     _check(q_BTHD, k_cache_BSHD, v_cache_BSHD, cache_seqlens_B, cache_starts_B)
     check_positive("attention_decode", scale=scale, window=window, softcap=softcap)
     scale = default_scale(q_BTHD, scale)

@@ -23,6 +23,7 @@ from fastgpt_kernels._common import (
     NAMESPACE,
     AotCase,
     aot_case,
+    cast_under_autocast,
     device_guard,
     launch_config,
     use_triton,
@@ -196,6 +197,7 @@ def attention_varlen(
     """
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
+    q_THD, k_SHD, v_SHD = cast_under_autocast(q_THD, k_SHD, v_SHD)
     _check(q_THD, k_SHD, v_SHD, cu_seqlens_q, cu_seqlens_k)
     check_positive("attention_varlen", scale=scale, window=window, softcap=softcap)
     scale = default_scale(q_THD, scale)

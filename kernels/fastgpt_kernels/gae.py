@@ -44,7 +44,7 @@ def _compose(later_factor, later_term, factor, term):
     return later_factor * factor, tl.fma(factor, later_term, term)
 
 
-@triton.jit(do_not_specialize=["n_blocks", "length"])
+@triton.jit(do_not_specialize=["n_blocks", "length", "stride_rb", "stride_vb", "stride_mb"])
 def gae_kernel(
     rewards, values, mask, advantages, returns, n_blocks, length,
     stride_rb, stride_rt, stride_vb, stride_vt, stride_mb, stride_mt, gamma, gae_lambda,
@@ -178,12 +178,17 @@ def gae(
         advantages (B, T) and returns (B, T) = advantages + values, float32; not whitened.
 
     Raises:
-        ValueError: shapes differ, or a factor outside [0, 1].
+        ValueError: shapes or devices differ, or a factor outside [0, 1].
     """
     if values_BT.dim() != 2 or not rewards_BT.shape == values_BT.shape == mask_BT.shape:
         raise ValueError(
             "gae: rewards, values and mask must have one shape (B, T), got "
             f"{tuple(rewards_BT.shape)}, {tuple(values_BT.shape)} and {tuple(mask_BT.shape)}"
+        )
+    if not rewards_BT.device == values_BT.device == mask_BT.device:
+        raise ValueError(
+            f"gae: rewards, values and mask are on {rewards_BT.device}, {values_BT.device} and "
+            f"{mask_BT.device}; move them to one"
         )
     for name, value in (("gamma", gamma), ("gae_lambda", gae_lambda)):
         if not 0.0 <= value <= 1.0:

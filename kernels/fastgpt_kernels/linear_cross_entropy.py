@@ -27,6 +27,7 @@ from fastgpt_kernels._common import (
     AOT_DTYPES,
     AotCase,
     aot_case,
+    cast_under_autocast,
     cdiv,
     device_guard,
     launch_config,
@@ -35,7 +36,6 @@ from fastgpt_kernels._common import (
 )
 from fastgpt_kernels._linear import (
     accumulate,
-    cast_under_autocast,
     check_linear,
     chunk_rows,
     logits_buffer,

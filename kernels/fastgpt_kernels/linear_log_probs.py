@@ -28,6 +28,7 @@ from fastgpt_kernels._common import (
     AOT_DTYPES,
     AotCase,
     aot_variants,
+    cast_under_autocast,
     device_guard,
     launch_config,
     next_power_of_2,
@@ -35,7 +36,6 @@ from fastgpt_kernels._common import (
 )
 from fastgpt_kernels._linear import (
     accumulate,
-    cast_under_autocast,
     check_linear,
     chunk_rows,
     logits_buffer,

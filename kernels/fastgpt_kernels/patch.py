@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt_kernels import _transformers, modules
+from fastgpt_kernels._common import cast_under_autocast
 from fastgpt_kernels._transformers import register_attention
 from fastgpt_kernels.attention import attention
 from fastgpt_kernels.cross_entropy import cross_entropy
@@ -154,7 +155,7 @@ def _sdpa(
     enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """``F.scaled_dot_product_attention``, whose causal mask is that of ``attention`` if T == S."""
-    query, key, value = _transformers.autocast_alike(query, key, value)
+    query, key, value = cast_under_autocast(query, key, value)
     square = query.dim() == 4 and query.shape[-2] == key.shape[-2]
     plain = attn_mask is None and dropout_p == 0 and (square or (not is_causal and key.dim() == 4))
     alike = query.shape[:1] == key.shape[:1] and key.shape == value.shape

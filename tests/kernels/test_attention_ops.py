@@ -10,8 +10,13 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastgpt_kernels import attention as public
-from fastgpt_kernels import reference
-from fastgpt_kernels.attention import _attention, _attention_backward, attention
+from fastgpt_kernels import attention_decode, attention_varlen, gae, reference
+from fastgpt_kernels.attention import (
+    _attention,
+    _attention_backward,
+    attention,
+    attention_with_lse,
+)
 
 B, H, HK, T, D = 2, 4, 2, 70, 32
 
@@ -142,3 +147,35 @@ def test_dtypes_that_do_not_fit_are_named():
         attention(q.double(), k.double(), k.double())
     with pytest.raises(ValueError, match="head sizes 1 to 256"):
         attention(*(torch.randn(1, 1, 2, 300) for _ in range(3)))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_casts_as_of_pytorch(enabled):
+    """Rotary embedding and q and k norms give float32, beside values in bfloat16."""
+    q, k = torch.randn(2, 1, 2, 9, 16).unbind(0)
+    v = torch.randn(1, 2, 9, 16)
+    cu = torch.tensor([0, 9], dtype=torch.int32)
+    length = torch.tensor([9], dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        outs = [
+            attention(q, k, v),
+            attention_with_lse(q, k, v)[0],
+            attention_varlen(*(x[0].transpose(0, 1) for x in (q, k, v)), cu).transpose(0, 1)[None],
+            attention_decode(*(x.transpose(1, 2) for x in (q, k, v)), length).transpose(1, 2),
+        ]
+        if enabled:
+            outs.append(attention(q, k, v.bfloat16()))
+    assert expected.dtype == (torch.bfloat16 if enabled else torch.float32)
+    for out in outs:
+        assert out.dtype == expected.dtype
+        torch.testing.assert_close(out, expected, rtol=0.03, atol=0.03)
+
+
+def test_operands_on_different_devices():
+    x, far = torch.randn(1, 2, 9, 16), torch.empty(1, 2, 9, 16, device="meta")
+    for operands in ((x, far, x), (x, x, far)):
+        with pytest.raises(ValueError, match=r"on cpu, .*meta.*; move them"):
+            attention(*operands)
+    with pytest.raises(ValueError, match="move them to one"):
+        gae(x[0, 0], far[0, 0], x[0, 0])

@@ -1,4 +1,4 @@
-"""Norms, activations and rotary compile nothing new for other numbers of tokens."""
+"""Norms, activations, rotary and gae compile nothing new for other numbers of tokens."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fastgpt_kernels import activations, normalization
 
 # The package exports the function under the module's name.
 rotary = importlib.import_module("fastgpt_kernels.rotary")
+gae = importlib.import_module("fastgpt_kernels.gae")
 TOKENS = (1, 2, 17, 64, 100, 128, 1000, 1024, 2047)
 
 
@@ -35,6 +36,7 @@ def launched(monkeypatch):
         (normalization, ("fwd_kernel", "bwd_fused_kernel", "bwd_wide_kernel")),
         (activations, ("fwd_kernel", "bwd_kernel")),
         (rotary, ("rotary_kernel",)),
+        (gae, ("gae_kernel",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name)))
@@ -69,3 +71,10 @@ def test_rotary(launched):
             positions = torch.zeros(batch, 1, tokens, dtype=torch.int64)
             rotary._launch(x, cos, cos, positions, False, False)
     assert len(launched) == 2, "\n".join(sorted(launched))
+
+
+def test_gae(launched):
+    for tokens in TOKENS[1:]:  # a stride of 1, of one token, is a constant
+        rewards, values = torch.empty(3, tokens), torch.empty(3, tokens)
+        gae._launch(rewards, values, values > 0, 1.0, 0.95)
+    assert len(launched) == 1, "\n".join(sorted(launched))
