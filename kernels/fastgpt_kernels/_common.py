@@ -188,6 +188,9 @@ AOT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
+_WITHOUT_TENSOR_CORES = ("sm_70", "sm_72", "sm_75")
+
+
 @functools.cache
 def _config_table() -> dict[str, Any]:
     return json.loads(Path(__file__).with_name("launch_configs.json").read_text())
@@ -213,8 +216,18 @@ def architecture(device: torch.device) -> str:
 def launch_config(
     kernel: str, device: torch.device, dtype: torch.dtype, bucket: int
 ) -> dict[str, Any]:
-    """Keyword arguments of a launch from ``launch_configs.json``; see ``lookup_config``."""
-    return lookup_config(kernel, architecture(device), dtype, bucket)
+    """Keyword arguments of a launch from ``launch_configs.json``; see ``lookup_config``.
+
+    Raises:
+        ValueError: attention on a chip whose tensor cores Triton does not use.
+    """
+    arch = architecture(device)
+    if kernel.startswith("attention") and arch in _WITHOUT_TENSOR_CORES:
+        raise ValueError(
+            f"attention: {arch} is older than sm_80, and without its tensor cores, which Triton "
+            "does not use, takes many times as long; use F.scaled_dot_product_attention there"
+        )
+    return lookup_config(kernel, arch, dtype, bucket)
 
 
 @functools.cache

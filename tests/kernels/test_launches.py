@@ -7,6 +7,7 @@ another. Only its ahead-of-time cases would be seen by the static gate.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -198,6 +199,33 @@ def test_long_rows_that_16_does_not_divide_are_read_in_16_bytes(launched):
         report = static.analyse_kernel(kernel, "sm_90")
         assert (report.load_bits, report.store_bits) == (128, 128), name
     assert [name.rsplit(".")[-1] for name, _ in launched] == ["fwd_kernel", "bwd_wide_kernel"]
+
+
+def test_attention_without_tensor_cores_is_refused(launched, monkeypatch):
+    """On sm_75 Triton makes no HMMA of its dots, and thousands of spills."""
+    monkeypatch.setattr(_common, "architecture", lambda device: "sm_75")
+    x = torch.ones(1, 2, 5, 64, dtype=torch.float16)
+    calls = (
+        lambda: ours.attention(x, x, x),
+        lambda: ours.attention_varlen(x[0], x[0], x[0], torch.tensor([0, 2], dtype=torch.int32)),
+        lambda: ours.attention_decode(x, x, x, torch.ones(1, dtype=torch.int32)),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"sm_75 is older than sm_80.*scaled_dot_product"):
+            call()
+    assert not launched
+    ours.layer_norm(x, 64)
+    assert launched
+
+
+@pytest.mark.parametrize("arch", ["gfx950", "gfx90a", "gfx1100", "gfx1201"])
+def test_amd_chips_without_rows_of_their_own_get_those_of_gfx942(arch):
+    """The default's tf32x3 compiles on no AMD chip."""
+    for kernel in _common._config_table():
+        for dtype, bucket in itertools.product((torch.float32, torch.bfloat16), (16, 64, 128, 256)):
+            found = _common.lookup_config(kernel, arch, dtype, bucket)
+            assert found == _common.lookup_config(kernel, "gfx942", dtype, bucket)
+            assert "tf32" not in str(found.get("PRECISION"))
 
 
 @pytest.mark.full
