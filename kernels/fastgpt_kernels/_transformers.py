@@ -33,6 +33,7 @@ from fastgpt_kernels.activations import gelu, swiglu
 from fastgpt_kernels.attention import attention
 from fastgpt_kernels.attention_decode import attention_decode
 from fastgpt_kernels.cross_entropy import cross_entropy
+from fastgpt_kernels.layers import SILU
 from fastgpt_kernels.linear_cross_entropy import linear_cross_entropy
 from fastgpt_kernels.normalization import rms_norm
 from fastgpt_kernels.rotary import rotary
@@ -248,7 +249,7 @@ def _mlp_class(original: type[nn.Module]) -> type[nn.Module]:
 
 def _mlp(module: Any) -> type[nn.Module] | str:
     act = type(module.act_fn)
-    if act.__name__ not in ("SiLU", "SiLUActivation"):
+    if act.__name__ not in SILU:
         return f"activation {act.__name__}"
     return _mlp_class(type(module))
 

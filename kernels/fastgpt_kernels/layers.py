@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from fastgpt_kernels.activations import gelu, swiglu
 from fastgpt_kernels.normalization import layer_norm, rms_norm
 
+SILU = ("SiLU", "SiLUActivation")
+"""What modules of this activation are called."""
+
 
 class LayerNorm(nn.Module):
     """For ``torch.nn.LayerNorm``."""
@@ -42,16 +45,19 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """For ``LlamaMLP`` and those that are alike, with SiLU."""
+    """For ``LlamaMLP`` and those that are alike; fused if the activation is SiLU."""
 
     can_torch_compile, has_backward = True, True
     gate_proj: nn.Linear
     up_proj: nn.Linear
     down_proj: nn.Linear
+    act_fn: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        fused = type(self.act_fn).__name__ in SILU
+        return self.down_proj(swiglu(gate, up) if fused else self.act_fn(gate) * up)
 
 
 class NewGELU(nn.Module):

@@ -131,6 +131,7 @@ def test_kernelize(repository, kernels, monkeypatch):
     mode = kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE
     for build, kinds in (
         (llama, {"LlamaRMSNorm", "LlamaMLP"}),
+        (lambda: llama(hidden_act="gelu"), {"LlamaRMSNorm", "LlamaMLP"}),
         (gpt2, {"LayerNorm", "NewGELUActivation"}),
     ):
         model = build()
