@@ -43,7 +43,8 @@ def backward(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
-    has_bias: bool,
+    needs_dw: bool,
+    needs_db: bool,
     n_dims: int,
     rms: bool,
     dtotal: Tensor | None = None,
@@ -52,8 +53,8 @@ def backward(
     n_cols = math.prod(x.shape[x.dim() - n_dims :])
     g, xhat = dy.float().reshape(-1, n_cols), x.float().reshape(-1, n_cols)
     xhat = (xhat if rms else xhat - mean[:, None]) * rstd[:, None]
-    dw = g.new_empty(0) if weight is None else (g * xhat).sum(0)
-    db = g.sum(0) if has_bias else g.new_empty(0)
+    dw = (g * xhat).sum(0) if needs_dw else g.new_empty(0)
+    db = g.sum(0) if needs_db else g.new_empty(0)
     if weight is not None:
         g = g * weight.float().flatten()
     dx = g - xhat * (g * xhat).mean(-1, keepdim=True)
@@ -86,12 +87,11 @@ class _Norm(torch.autograd.Function):
         dtype, added, n_dims, rms = ctx.options
         if dy is None:  # only the sum is used
             return dtotal.to(dtype), dtotal, *[None] * 5
-        dx, *sums = _fused_backward(
-            dy, x, mean, rstd, weight, bias is not None, n_dims, rms, dtotal
-        )
+        needs = ctx.needs_input_grad[2:4]
+        dx, *sums = _fused_backward(dy, x, mean, rstd, weight, *needs, n_dims, rms, dtotal)
         dw, db = (
-            None if parameter is None else total.to(parameter.dtype).view(parameter.shape)
-            for parameter, total in zip((weight, bias), sums, strict=True)
+            total.to(parameter.dtype).view(parameter.shape) if needed else None
+            for parameter, total, needed in zip((weight, bias), sums, needs, strict=True)
         )
         return dx.to(dtype), dx if added else None, dw, db, None, None, None
 

@@ -130,8 +130,8 @@ def bwd_fused_kernel(
     dy, x, weight, mean_in, rstd_in, dtotal, dx, dw_partial, db_partial, n_rows, n_cols,
     rows_per_program, x_inner, x_outer, x_step, x_col, dy_inner, dy_outer, dy_step, dy_col,
     dt_inner, dt_outer, dt_step, dt_col,
-    RMS: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
+    RMS: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, NEEDS_DW: tl.constexpr,
+    NEEDS_DB: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dx and the partials of a group of rows from one reading; dx += dtotal if HAS_TOTAL."""
     n_cols = multiple(n_cols, UNIT)
@@ -154,9 +154,9 @@ def bwd_fused_kernel(
         if not RMS:
             xhat -= tl.load(mean_in + rows, mask=row_mask, other=0.0)[:, None]
         xhat *= rstd[:, None]
-        if HAS_WEIGHT:
+        if NEEDS_DW:
             dw += g * xhat
-        if HAS_BIAS:
+        if NEEDS_DB:
             db += g
         if HAS_WEIGHT:
             g *= w.to(tl.float32)[None, :]
@@ -170,9 +170,9 @@ def bwd_fused_kernel(
         dx_rows = dx + rows.to(tl.int64) * n_cols
         tl.store(dx_rows[:, None] + cols[None, :], out.to(dx.dtype.element_ty), mask=mask)
     at = program.to(tl.int64) * n_cols + cols
-    if HAS_WEIGHT:
+    if NEEDS_DW:
         tl.store(dw_partial + at, tl.sum(dw, axis=0), mask=col_mask)
-    if HAS_BIAS:
+    if NEEDS_DB:
         tl.store(db_partial + at, tl.sum(db, axis=0), mask=col_mask)
 
 
@@ -209,9 +209,9 @@ def bwd_wide_kernel(
     dy, x, weight, mean_in, rstd_in, dtotal, dx, dw_partial, db_partial, sums, counters,
     n_rows, n_cols, chunk_rows, x_inner, x_outer, x_step, x_col,
     dy_inner, dy_outer, dy_step, dy_col, dt_inner, dt_outer, dt_step, dt_col,
-    RMS: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
-    UNIT: tl.constexpr,
+    RMS: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, NEEDS_DW: tl.constexpr,
+    NEEDS_DB: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Rows too wide for one block: two readings, the second out of the L2 cache.
 
@@ -273,9 +273,9 @@ def bwd_wide_kernel(
             if not RMS:
                 xhat -= tl.load(mean_in + rows, mask=row_mask, other=0.0)[:, None]
             xhat *= rstd[:, None]
-            if HAS_WEIGHT:
+            if NEEDS_DW:
                 dw += g * xhat
-            if HAS_BIAS:
+            if NEEDS_DB:
                 db += g
             if HAS_WEIGHT:
                 g *= w.to(tl.float32)[None, :]
@@ -292,7 +292,7 @@ def bwd_wide_kernel(
             dx_rows = dx + rows.to(tl.int64) * n_cols
             tl.store(dx_rows[:, None] + cols[None, :], out.to(dx.dtype.element_ty), mask=mask)
         at = chunk.to(tl.int64) * n_cols + cols
-        if HAS_WEIGHT:
+        if NEEDS_DW:
             tl.store(dw_partial + at, tl.sum(dw, axis=0), mask=col_mask)
-        if HAS_BIAS:
+        if NEEDS_DB:
             tl.store(db_partial + at, tl.sum(db, axis=0), mask=col_mask)

@@ -105,7 +105,8 @@ def _launch_bwd(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
-    has_bias: bool,
+    needs_dw: bool,
+    needs_db: bool,
     n_dims: int,
     rms: bool,
     dtotal: Tensor | None = None,
@@ -115,13 +116,14 @@ def _launch_bwd(
     n_rows, n_cols = x_layout.n_rows, x_layout.n_cols
     dx = x.new_empty(x.shape)
     if x.numel() == 0:
-        widths = n_cols * (weight is not None), n_cols * has_bias
-        dw, db = (x.new_zeros(width, dtype=torch.float32) for width in widths)
+        dw, db = (
+            x.new_zeros(n_cols * needs, dtype=torch.float32) for needs in (needs_dw, needs_db)
+        )
         return dx, dw, db
     w = dx if weight is None else weight.contiguous()
     flags: dict[str, Any] = {
-        **{"RMS": rms, "HAS_TOTAL": dtotal is not None},
-        **{"HAS_WEIGHT": weight is not None, "HAS_BIAS": has_bias},
+        **{"RMS": rms, "HAS_TOTAL": dtotal is not None, "HAS_WEIGHT": weight is not None},
+        **{"NEEDS_DW": needs_dw, "NEEDS_DB": needs_db},
         "UNIT": row_unit(x_layout, dy_layout, dt_layout),
     }
     fused = n_cols <= FUSED_BACKWARD_MAX
@@ -135,8 +137,8 @@ def _launch_bwd(
     else:
         rows_each = _chunk_rows(x, n_rows, n_cols, config["BLOCK_M"])
     groups = cdiv(n_rows, rows_each)
-    dw = x.new_empty(groups, n_cols if weight is not None else 0, dtype=torch.float32)
-    db = x.new_empty(groups, n_cols if has_bias else 0, dtype=torch.float32)
+    dw = x.new_empty(groups, n_cols if needs_dw else 0, dtype=torch.float32)
+    db = x.new_empty(groups, n_cols if needs_db else 0, dtype=torch.float32)
     tensors = dy_layout.tensor, x_layout.tensor, w, mean, rstd, dt_layout.tensor, dx, dw, db
     strides = (*x_layout.strides, *dy_layout.strides, *dt_layout.strides)
     with device_guard(x):
@@ -185,21 +187,22 @@ def norm_bwd(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
-    has_bias: bool,
+    needs_dw: bool,
+    needs_db: bool,
     n_dims: int,
     rms: bool,
     grad_total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (+ grad_total) in the input's dtype; dw and db flat, float32 (empty if not asked for)."""
     run = _launch_bwd if use_triton(input) else _cpu_norm.backward
-    return run(grad, input, mean, rstd, weight, has_bias, n_dims, rms, grad_total)
+    return run(grad, input, mean, rstd, weight, needs_dw, needs_db, n_dims, rms, grad_total)
 
 
 @norm_bwd.register_fake
-def _(grad, input, mean, rstd, weight, has_bias, n_dims, rms, grad_total=None):
+def _(grad, input, mean, rstd, weight, needs_dw, needs_db, n_dims, rms, grad_total=None):
     n_cols = math.prod(input.shape[input.dim() - n_dims :])
-    dw = input.new_empty(0 if weight is None else n_cols, dtype=torch.float32)
-    db = input.new_empty(n_cols if has_bias else 0, dtype=torch.float32)
+    dw = input.new_empty(n_cols if needs_dw else 0, dtype=torch.float32)
+    db = input.new_empty(n_cols if needs_db else 0, dtype=torch.float32)
     return input.new_empty(input.shape), dw, db
 
 
@@ -212,10 +215,10 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, grad, grad_total=None):
     x, weight, mean, rstd = ctx.saved_tensors
-    has_bias = ctx.bias_like is not None
-    dx, dw, db = norm_bwd(grad, x, mean, rstd, weight, has_bias, ctx.n_dims, ctx.rms, grad_total)
-    dw = None if weight is None else dw.to(weight.dtype).view(weight.shape)
-    db = db.to(ctx.bias_like[1]).view(ctx.bias_like[0]) if has_bias else None
+    needs = ctx.needs_input_grad[-5:-3]  # of weight and bias; the last three are options
+    dx, dw, db = norm_bwd(grad, x, mean, rstd, weight, *needs, ctx.n_dims, ctx.rms, grad_total)
+    dw = dw.to(weight.dtype).view(weight.shape) if needs[0] else None
+    db = db.to(ctx.bias_like[1]).view(ctx.bias_like[0]) if needs[1] else None
     return dx, dw, db, None, None, None
 
 
@@ -295,7 +298,7 @@ def aot_cases() -> list[AotCase]:
             cols = [f"{part}_col" for part in ("x", "dy", "res", "dt")]
             constants = {
                 **{"RMS": rms, "HAS_RESIDUAL": add, "HAS_TOTAL": add},
-                **{"HAS_WEIGHT": True, "HAS_BIAS": not rms},
+                **{"HAS_WEIGHT": True, "HAS_BIAS": not rms, "NEEDS_DW": True, "NEEDS_DB": not rms},
                 **{**dict.fromkeys((*inner, *cols), 1), "UNIT": common_unit(width)},
             }
             aligned = ("n_cols", "x_outer", "dy_outer", "res_outer", "dt_outer")

@@ -49,7 +49,7 @@ def test_norms(launched, columns):
     for tokens in TOKENS:
         x = torch.empty(tokens, columns, dtype=torch.bfloat16)
         y, total, mean, rstd = normalization._launch_fwd(x, x, weight, weight, 1, 1e-5, False)
-        normalization._launch_bwd(y, total, mean, rstd, weight, True, 1, False, total)
+        normalization._launch_bwd(y, total, mean, rstd, weight, True, True, 1, False, total)
     assert len(launched) == 2, "\n".join(sorted(launched))
 
 

@@ -219,7 +219,7 @@ def test_mean_far_above_the_spread(columns):
     w, grad = torch.randn(columns).bfloat16(), torch.randn(rows, columns).bfloat16()
     y, mean, rstd = norm_fwd(x, w, None, 1, 1e-5, False)
     assert mean.dtype == rstd.dtype == torch.float32
-    dw = torch.ops.fastgpt_kernels.norm_bwd(grad, x, mean, rstd, w, False, 1, False)[1]
+    dw = torch.ops.fastgpt_kernels.norm_bwd(grad, x, mean, rstd, w, True, False, 1, False)[1]
     exact = w.double().requires_grad_()
     reference.layer_norm(x.double(), (columns,), exact).backward(grad.double())
     assert max_error(dw, exact.grad) <= 2e-3 * exact.grad.abs().max()
@@ -244,7 +244,7 @@ def test_rows_beyond_31_bits(columns):
     x = huge_stride_rows(torch.randn(3, columns).bfloat16())
     y, mean, rstd = norm_fwd(x, None, None, 1, 1e-5, False)
     torch.testing.assert_close(y, F.layer_norm(x.float(), (columns,)).bfloat16())
-    dx = torch.ops.fastgpt_kernels.norm_bwd(x, x, mean, rstd, None, False, 1, False)[0]
+    dx = torch.ops.fastgpt_kernels.norm_bwd(x, x, mean, rstd, None, False, False, 1, False)[0]
     leaf = x.float().requires_grad_()
     F.layer_norm(leaf, (columns,)).backward(x.float())
     torch.testing.assert_close(dx.float(), leaf.grad, atol=2e-2, rtol=2e-2)
@@ -266,7 +266,7 @@ def test_columns_beyond_31_bits(columns):
     near = x.contiguous()
     assert torch.equal(y, norm_fwd(near, None, None, 1, 1e-5, False)[0])
     far_grad, near_grad = (
-        torch.ops.fastgpt_kernels.norm_bwd(g, g, mean, rstd, None, False, 1, False)[0]
+        torch.ops.fastgpt_kernels.norm_bwd(g, g, mean, rstd, None, False, False, 1, False)[0]
         for g in (x, near)
     )
     assert torch.equal(far_grad, near_grad)
@@ -277,7 +277,7 @@ def _counted_backward(rows, columns, dtype, rms):
     grad = torch.randn(rows, columns).to(dtype)
     _, mean, rstd = norm_fwd(x, w, None, 1, 1e-5, rms)
     with traffic.count() as moved:
-        dx, *_ = torch.ops.fastgpt_kernels.norm_bwd(grad, x, mean, rstd, w, not rms, 1, rms)
+        dx, *_ = torch.ops.fastgpt_kernels.norm_bwd(grad, x, mean, rstd, w, True, not rms, 1, rms)
     return moved, x, grad, dx
 
 
@@ -337,9 +337,32 @@ def test_wide_backward_reads_again_from_the_cache(monkeypatch):
 def test_gradients_of_no_rows_are_as_described():
     """torch.compile trusts the description of an operator: sums in float32."""
     x, w, statistics = torch.randn(0, 8).bfloat16(), torch.randn(8).bfloat16(), torch.empty(0)
-    arguments = x, x, statistics, statistics, w, True, 1, False
+    arguments = x, x, statistics, statistics, w, True, True, 1, False
     dx, dw, db = torch.ops.fastgpt_kernels.norm_bwd(*arguments)
     assert torch.equal(dw, torch.zeros(8))
     assert torch.equal(db, torch.zeros(8))
     assert (dx.shape, dx.dtype) == (x.shape, x.dtype)
     torch.library.opcheck(torch.ops.fastgpt_kernels.norm_bwd.default, arguments)
+
+
+@pytest.mark.parametrize("columns", [24, 9000])
+@pytest.mark.parametrize("frozen", [("weight",), ("bias",), ("weight", "bias")])
+def test_frozen_parameters_cost_no_sums(frozen, columns, monkeypatch):
+    """As of a norm in a model whose adapters alone are trained."""
+    launch, made = normalization._launch_bwd, []
+    monkeypatch.setattr(
+        normalization, "_launch_bwd", lambda *a: made.append(launch(*a)) or made[-1]
+    )
+    given = {"x": torch.randn(5, columns), "weight": torch.randn(columns)}
+    given["bias"] = torch.ones(columns)
+    grad, results = torch.randn(5, columns), []
+    for names in ((), frozen):
+        leaves = {name: x.clone().requires_grad_(name not in names) for name, x in given.items()}
+        layer_norm(leaves["x"], columns, leaves["weight"], leaves["bias"]).backward(grad)
+        results.append({name: leaf.grad for name, leaf in leaves.items()})
+    trained, found = results
+    for name, value in found.items():
+        assert (value is None) == (name in frozen)
+        assert value is None or torch.equal(value, trained[name])
+    sizes = [columns * (name not in frozen) for name in ("weight", "bias")]
+    assert [sums.numel() for sums in made[1][1:]] == sizes

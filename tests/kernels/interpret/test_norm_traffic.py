@@ -52,7 +52,7 @@ def test_backward_of_a_sum(rows, columns, dtype, rms):
     x, r, dy, dtotal = (torch.randn(rows, columns).to(dtype) for _ in range(4))
     _, total, mean, rstd = add_norm_fwd(x, r, None, None, 1, 1e-5, rms)
     with traffic.count() as moved:
-        dx, *_ = norm_bwd(dy, total, mean, rstd, None, False, 1, rms, dtotal)
+        dx, *_ = norm_bwd(dy, total, mean, rstd, None, False, False, 1, rms, dtotal)
     for read in (total, dy, dtotal):
         assert moved.loads(read) == traffic.once(read)
     assert moved.stores(dx) == traffic.once(dx)
