@@ -260,12 +260,14 @@ def patch(model: nn.Module, *, fuse_loss: bool = False) -> Patched:
 
     Before DDP, ``fully_shard``, ``torch.compile`` or after, but after ``fully_shard`` has changed
     the class of a module that one counts as a subclass; so patch first. Outputs and gradients are
-    those of the model as it was, up to rounding. Dropout on attention weights, which the kernels
-    lack, keeps an attention module of ``transformers`` as it is.
+    those of the model as it was, up to rounding; on a GPU float64, which the kernels do not take,
+    raises when it is called. Dropout on attention weights, which the kernels lack, keeps an
+    attention module of ``transformers`` as it is.
 
     Args:
         model: any module; those of GPT-2 and LLaMA in ``transformers`` (tested with 5.24) are
-            recognised, and get ``config._attn_implementation = "fastgpt"``.
+            recognised, and get ``config._attn_implementation = "fastgpt"``, which another model
+            that was built from the same configuration object sees as well.
         fuse_loss: let ``GPT2LMHeadModel`` and ``LlamaForCausalLM`` compute the loss by
             ``linear_cross_entropy`` when labels are given: then ``.logits`` is None, since they
             never exist. Without it, or if the head is more than a weight and a bias (an adapter,
