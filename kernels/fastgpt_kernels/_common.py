@@ -77,6 +77,18 @@ def use_triton(x: Tensor) -> bool:
     return x.is_cuda or INTERPRETED
 
 
+def check_devices(name: str, x: Tensor, *others: Tensor | None) -> None:
+    """Raise ValueError unless all tensors are where ``x`` is.
+
+    A kernel takes addresses, and would read what lies there on its own device.
+    """
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(
+                f"{name}: got tensors on {x.device} and {other.device}; move them to one device"
+            )
+
+
 def cast_under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """Tensors (or None) in autocast's dtype where it is on, as PyTorch casts the operands of its
     matrix products and of its attention: all but float64.

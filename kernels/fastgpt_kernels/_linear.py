@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgpt_kernels._common import cdiv, check_dtype, use_triton
+from fastgpt_kernels._common import cdiv, check_devices, check_dtype, use_triton
 
 CHUNK_ELEMENTS = 1 << 26
 """Logits held at once: 128 MiB in bfloat16, enough rows to fill the GEMMs of any current GPU."""
@@ -52,10 +52,11 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def check_linear(
-    name: str, input: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str]
-) -> None:
-    """Raise ValueError unless input (..., D), weight (V, D) and bias (V,) fit; ``names`` says how
-    the function calls them.
+    name: str, input: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor,
+    names: tuple[str, str, str],
+) -> None:  # fmt: skip
+    """Raise ValueError unless input (..., D), weight (V, D) and bias (V,) fit, and ids are with
+    them; ``names`` says how the function calls them.
     """
     if weight.dim() != 2 or input.dim() < 1 or input.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -69,6 +70,7 @@ def check_linear(
             f"{name}: {names[2]} must be ({weight.shape[0]},), got shape {tuple(bias.shape)}"
         )
     check_dtype(name, input)
+    check_devices(name, input, weight, bias, ids)
     same = weight.dtype in (input.dtype, torch.float32)
     if not same or (bias is not None and bias.dtype != input.dtype):
         raise ValueError(

@@ -30,6 +30,7 @@ from fastgpt_kernels._common import (
     AotCase,
     aot_variants,
     cdiv,
+    check_devices,
     check_dtype,
     device_guard,
     launch_config,
@@ -170,6 +171,7 @@ def aot_cases() -> list[AotCase]:
 
 def _checked_gate(name: str, gate: Tensor, up: Tensor | None) -> None:
     check_dtype(name, gate)
+    check_devices(name, gate, up)
     if up is None:
         if gate.dim() == 0 or gate.shape[-1] % 2:
             raise ValueError(

@@ -22,6 +22,7 @@ from fastgpt_kernels._common import (
     aot_variants,
     cast_under_autocast,
     cdiv,
+    check_devices,
     device_guard,
     launch_config,
     next_power_of_2,
@@ -333,8 +334,7 @@ def check_types(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(f"{name}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"{name}: q, k, v are on {q.device}, {k.device}, {v.device}; move them")
+    check_devices(name, q, k, v)
 
 
 def check_positive(name: str, window: int | None, **options: float | None) -> None:

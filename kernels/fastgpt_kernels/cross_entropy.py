@@ -30,6 +30,7 @@ from fastgpt_kernels._common import (
     AOT_DTYPES,
     AotCase,
     aot_variants,
+    check_devices,
     check_dtype,
     device_guard,
     launch_config,
@@ -451,6 +452,7 @@ def cross_entropy(
             "flatten the leading dims"
         )
     check_dtype("cross_entropy", input_NV)
+    check_devices("cross_entropy", input_NV, target_N)
     check_options("cross_entropy", input_NV.shape[0], target_N, reduction, label_smoothing, softcap)
     target_N = as_indices(target_N)
     options = ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0)

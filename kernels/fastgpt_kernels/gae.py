@@ -27,6 +27,7 @@ from fastgpt_kernels._common import (
     AotCase,
     aot_variants,
     cdiv,
+    check_devices,
     device_guard,
     launch_config,
     tl,
@@ -185,11 +186,7 @@ def gae(
             "gae: rewards, values and mask must have one shape (B, T), got "
             f"{tuple(rewards_BT.shape)}, {tuple(values_BT.shape)} and {tuple(mask_BT.shape)}"
         )
-    if not rewards_BT.device == values_BT.device == mask_BT.device:
-        raise ValueError(
-            f"gae: rewards, values and mask are on {rewards_BT.device}, {values_BT.device} and "
-            f"{mask_BT.device}; move them to one"
-        )
+    check_devices("gae", values_BT, rewards_BT, mask_BT)
     for name, value in (("gamma", gamma), ("gae_lambda", gae_lambda)):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"gae: {name} must lie in [0, 1], got {value}")

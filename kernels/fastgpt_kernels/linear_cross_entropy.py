@@ -376,7 +376,7 @@ def linear_cross_entropy(
         raise ValueError(
             f"{name}: input must be (N, D), got shape {tuple(input.shape)}; flatten it"
         )
-    check_linear(name, input, weight, bias, ("input", "linear_weight", "linear_bias"))
+    check_linear(name, input, weight, bias, target_N, ("input", "linear_weight", "linear_bias"))
     check_options(name, input.shape[0], target_N, reduction, label_smoothing, softcap)
     target_N = as_indices(target_N)
     options = ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0)

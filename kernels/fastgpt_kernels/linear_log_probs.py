@@ -379,7 +379,7 @@ def linear_log_probs(
     """
     hidden, weight, bias = cast_under_autocast(hidden, weight_VD, bias)
     name = "linear_log_probs"
-    check_linear(name, hidden, weight, bias, ("hidden", "weight", "bias"))
+    check_linear(name, hidden, weight, bias, ids, ("hidden", "weight", "bias"))
     if ids.shape != hidden.shape[:-1] or ids.is_floating_point():
         raise ValueError(
             f"{name}: ids must hold one index for each of {tuple(hidden.shape[:-1])} positions, "

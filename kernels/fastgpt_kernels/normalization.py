@@ -42,6 +42,7 @@ from fastgpt_kernels._common import (
     AotCase,
     aot_variants,
     cdiv,
+    check_devices,
     check_dtype,
     device_guard,
     launch_config,
@@ -332,6 +333,7 @@ def _checked_shape(
     residual: Tensor | None = None,
 ) -> tuple[int, ...]:
     check_dtype(name, input)
+    check_devices(name, input, residual, *parameters)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or tuple(input.shape[input.dim() - len(shape) :]) != shape:
         raise ValueError(

@@ -31,6 +31,7 @@ from fastgpt_kernels._common import (
     AotCase,
     aot_variants,
     cdiv,
+    check_devices,
     check_dtype,
     device_guard,
     launch_config,
@@ -205,6 +206,7 @@ def aot_cases() -> list[AotCase]:
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
     check_dtype("rotary", x)
+    check_devices("rotary", x, cos, sin, positions)
     if not 2 <= x.dim() <= 4:
         raise ValueError(f"rotary: x must have two to four dims, got shape {tuple(x.shape)}")
     half = cos.shape[-1] if cos.dim() else 0

@@ -1,4 +1,4 @@
-"""What the functions cannot compute in is refused by name, before a kernel sees it."""
+"""What the functions cannot compute in, or with, is refused by name, before a kernel sees it."""
 
 from __future__ import annotations
 
@@ -58,3 +58,59 @@ def test_float64_is_for_the_cpu(name, monkeypatch):
     monkeypatch.setattr(_common, "use_triton", lambda x: True)
     with pytest.raises(ValueError, match=f"{name}: torch.float64"):
         CALLS[name](X.double())
+
+
+def _away(x: Tensor) -> Tensor:
+    return torch.empty_like(x, device="meta")
+
+
+ELSEWHERE = {  # one operand lies on another device than the first one
+    "add_layer_norm": [
+        lambda: kernels.add_layer_norm(X, _away(X), (4,)),
+        lambda: kernels.add_layer_norm(X, X, (4,), X[0], _away(X[0])),
+    ],
+    "add_rms_norm": [lambda: kernels.add_rms_norm(X, X, (4,), _away(X[0]))],
+    "attention": [
+        lambda: kernels.attention(X[None, None], _away(X[None, None]), X[None, None]),
+        lambda: kernels.attention(X[None, None], X[None, None], _away(X[None, None])),
+    ],
+    "attention_varlen": [
+        lambda: kernels.attention_varlen(X[:, None], *[_away(X[:, None])] * 2, IDS[:1].int())
+    ],
+    "attention_decode": [
+        lambda: kernels.attention_decode(
+            X[None, :, None], *[_away(X[None, :, None])] * 2, IDS[:1].int()
+        )
+    ],
+    "cross_entropy": [lambda: kernels.cross_entropy(X, _away(IDS))],
+    "gae": [lambda: kernels.gae(_away(X), X, X), lambda: kernels.gae(X, X, _away(X))],
+    "geglu": [lambda: kernels.geglu(X, _away(X))],
+    "layer_norm": [lambda: kernels.layer_norm(X, (4,), _away(X[0]))],
+    "linear_cross_entropy": [
+        lambda: kernels.linear_cross_entropy(X, _away(X), IDS),
+        lambda: kernels.linear_cross_entropy(X, X, _away(IDS)),
+        lambda: kernels.linear_cross_entropy(X, X, IDS, linear_bias=_away(X[:, 0])),
+    ],
+    "linear_log_probs": [
+        lambda: kernels.linear_log_probs(X, _away(X), IDS),
+        lambda: kernels.linear_log_probs(X, X, _away(IDS)),
+    ],
+    "rms_norm": [lambda: kernels.rms_norm(X, (4,), _away(X[0]))],
+    "rotary": [
+        lambda: kernels.rotary(X, *[_away(X[:, :2])] * 2),
+        lambda: kernels.rotary(X, X[:, :2], X[:, :2], positions=_away(IDS)),
+    ],
+    "swiglu": [lambda: kernels.swiglu(X, _away(X))],
+}
+
+
+def test_every_function_of_several_tensors_is_here():
+    assert set(ELSEWHERE) == set(kernels.__all__) - {"attention_with_lse", "gelu", "relu_squared"}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_operands_on_another_device_are_refused(name):
+    """A kernel would read at their address, on its own device."""
+    for call in ELSEWHERE[name]:
+        with pytest.raises(ValueError, match=f"{name}: got tensors on .*; move them to one device"):
+            call()
