@@ -21,7 +21,6 @@ def print_answers(
     answers = generate(model, [ids for _, ids in asked], sampling, stop_ids=stop_ids)
     texts = []
     for (question, _), ids in zip(asked, answers, strict=True):
-        known = [i for i in ids if i < tokenizer.vocab_size]  # a model may have more rows
-        texts.append({"prompt": question, "text": tokenizer.decode(known)})
+        texts.append({"prompt": question, "text": tokenizer.decode(tokenizer.known(ids))})
         print(f"\n> {question}|{texts[-1]['text']}")
     return texts

@@ -223,7 +223,8 @@ def answer(
             rows.append(ids[-room:])
         drawn = replace(sampling, seed=sampling.seed + first)
         new = generate(model, rows, drawn, stop_ids=stop)
-        texts += [continuation(tokenizer, *pair) for pair in zip(rows, new, strict=True)]
+        pairs = zip(rows, new, strict=True)
+        texts += [continuation(tokenizer, *pair, chat=chat) for pair in pairs]
     return texts
 
 

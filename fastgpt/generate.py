@@ -181,7 +181,7 @@ def complete(
         for row, token in zip(rows, new, strict=True):
             if token is not None:
                 row.append(token)
-        texts = [continuation(tokenizer, *pair) for pair in zip(ids, rows, strict=True)]
+        texts = [continuation(tokenizer, *pair, chat=chat) for pair in zip(ids, rows, strict=True)]
         ended = [
             token is None or _cut(text, stop) != text
             for token, text in zip(new, texts, strict=True)
@@ -203,31 +203,44 @@ def converse(model: GPT, tokenizer: Tokenizer, sampling: SamplingConfig) -> None
         except EOFError:
             print()
             return
-        while len(ids := render_prompt(tokenizer, messages)) >= model.config.context - 1:
-            if len(messages) == 1:
-                raise UsageError("that is longer than the model's context; say less at once")
-            del messages[:2]
+        context = model.config.context
+        room = context - min(sampling.max_new_tokens, context // 2)  # for what was said
+        kept = messages
+        while len(ids := render_prompt(tokenizer, kept)) > room and len(kept) > 1:
+            kept = kept[2:]
+        if len(ids) >= context - 1:
+            print(f"that is {len(ids)} of the model's {context} tokens; say less at once")
+            messages.pop()
+            continue
+        messages = kept
         new: list[int] = []
         shown = ""
         for (token,) in stream(model, [ids], sampling, stop_ids=stop_ids):
             if token is not None:
                 new.append(token)
-            text = tokenizer.decode(new).rstrip("\N{REPLACEMENT CHARACTER}")  # half a character
+            text = continuation(tokenizer, ids, new, chat=True)
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # half a character
             print(text[len(shown) :], end="", flush=True)
             shown = text
         print()
-        messages.append(_turn("assistant", tokenizer.decode(new)))
+        messages.append(_turn("assistant", continuation(tokenizer, ids, new, chat=True)))
 
 
 def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
+def continuation(
+    tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int], *, chat: bool = False
+) -> str:
     """The text that ``new`` adds behind ``prompt``.
 
-    Decoded together: alone, a sentencepiece model would drop the space in front of the first word.
+    A text is decoded with its prompt: alone, a sentencepiece model would drop the space in front of
+    the first word. An answer in a chat is a text of its own, and was encoded as one.
     """
+    new = tokenizer.known(new)
+    if chat:
+        return tokenizer.decode(new)
     prefix = tokenizer.decode(prompt)
     return tokenizer.decode([*prompt, *new])[len(prefix) :]
 
@@ -252,7 +265,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if chat and not config.prompt and sys.stdin.isatty():
         converse(model, tokenizer, config.sampling)
         return
-    prompts = config.prompt or (sys.stdin.read(),)
+    prompts = config.prompt
+    if not prompts:
+        said = sys.stdin.read()
+        prompts = (said.removesuffix("\n") if chat else said,)  # echo adds the end of the line
     texts = complete(model, tokenizer, prompts, config.sampling, stop=config.stop, chat=chat)
     for prompt, text in zip(prompts, texts, strict=True):
         print(text if chat else prompt + text)

@@ -342,8 +342,8 @@ class _Scorer:
 
         end = end_id(self.tokenizer)
         kept = [ids[mask].tolist() for ids, mask in zip(rows.ids_BR, rows.mask_BR, strict=True)]
-        known = self.tokenizer.vocab_size  # a model may have more rows
-        return [self.tokenizer.decode([i for i in ids if i != end and i < known]) for ids in kept]
+        known = (self.tokenizer.known(i for i in ids if i != end) for ids in kept)
+        return [self.tokenizer.decode(ids) for ids in known]
 
     def held_out(self, rows: Rows) -> list[Prompt]:
         """The prompts that the rows of an evaluation answer."""

@@ -275,8 +275,9 @@ class Tokenizer:
         try:
             return self._engine.encode_batch(texts, num_threads)
         except UnicodeEncodeError as error:
-            which = next(i for i, text in enumerate(texts) if text is error.object)
-            raise surrogate_error(error, f"text {which}") from None
+            # Of texts that are made on the way (a numpy array's), none is that object.
+            found = (i for i, text in enumerate(texts) if text == error.object)
+            raise surrogate_error(error, f"text {next(found, '?')}") from None
 
     def encode_with_dropout(
         self,
@@ -360,6 +361,14 @@ class Tokenizer:
         if token is None:
             raise ValueError(f"token id {token_id} is not in the vocabulary of {self.vocab_size}")
         return token
+
+    def known(self, ids: Iterable[int]) -> list[int]:
+        """Those of the ids that stand for a token.
+
+        A model may say others: it has more rows than there are ids, or ids are left out.
+        """
+        tokens = self._engine.token_bytes
+        return [i for i in ids if 0 <= i < self.vocab_size and tokens[i] is not None]
 
     def bytes_per_id(self) -> np.ndarray:
         """int64 (vocab_size,): bytes of text each id stands for, 0 for special tokens."""

@@ -227,7 +227,7 @@ def _written(
         prompts = [_ask(tokenizer, shown, example, "", chat)[0][-room:] for example in part]
         new = generate(model, prompts, sampling, stop_ids=stop)
         for example, prompt, ids in zip(part, prompts, new, strict=True):
-            text = continuation(tokenizer, prompt, ids)
+            text = continuation(tokenizer, prompt, ids, chat=chat)
             # A base model goes on with the next question of its own making.
             text = text if chat else text.split("\n\n")[0]
             right += final_answer(text) == final_answer(example.answer_text)

@@ -195,6 +195,10 @@ def train(
         raise ValueError(f"min_frequency {min_frequency} is below 1")
     if max_token_length is not None and max_token_length < 1:
         raise ValueError(f"max_token_length {max_token_length} is below 1")
+    if len(set(special_tokens)) != len(special_tokens):
+        raise ValueError("special_tokens has a token twice")
+    if "" in special_tokens:
+        raise ValueError("special_tokens has an empty string")
     wanted = vocab_size - 256 - len(special_tokens)
     trainer = _counted(texts, pattern, num_threads)
     pairs = trainer.train(wanted, min_frequency, progress, max_token_length or 0, first)
@@ -206,8 +210,6 @@ def train(
         merges.append((left, right, len(tokens)))
         tokens.append(tokens[left] + tokens[right])
     specials = {text: len(tokens) + i for i, text in enumerate(special_tokens)}
-    if len(specials) != len(special_tokens):
-        raise ValueError("special_tokens has a token twice")
     return Vocabulary(pattern, tuple(tokens), tuple(merges), specials)
 
 

@@ -201,6 +201,9 @@ class _Reader:
                 raise self.fail(place, "single_word, lstrip and rstrip are not supported")
             if not content or content in specials:
                 raise self.fail(place, f"token {content!r} is empty or listed twice")
+            if node.get("special") is False:
+                problem = f"{content!r} is found in ordinary text, which is not supported"
+                raise self.fail(place, problem)
             specials[content] = self.token_id(node.get("id"), place)
         return specials
 

@@ -102,6 +102,11 @@ class RLConfig:
                 f"--group {self.per_prompt}: {self.algorithm} compares responses to one prompt; "
                 "it takes 2 at least"
             )
+        if self.adapts_kl and self.kl_horizon < self.rollout:
+            raise UsageError(
+                f"--kl-horizon {self.kl_horizon}: less than a --rollout of {self.rollout} could "
+                "change the coefficient by more than a fifth at once, and below 0"
+            )
         for name, part in (("group", self.per_prompt), ("minibatches", self.minibatches)):
             if self.rollout % part:
                 raise UsageError(f"--rollout {self.rollout} is not a multiple of --{name} {part}")

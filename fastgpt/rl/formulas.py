@@ -135,18 +135,18 @@ def group_advantages(scores_B: Tensor, group: int, *, scale: bool = True) -> Ten
     Rows of one prompt are neighbours. The deviation is the unbiased one, with 1e-4 added; without
     ``scale`` it is not divided by (Dr. GRPO, arXiv:2503.20783).
     """
-    scores_NG = scores_B.view(-1, group)
+    scores_NG = scores_B.double().view(-1, group)  # so that equal scores differ by nothing
     centred_NG = scores_NG - scores_NG.mean(1, keepdim=True)
     if scale:
         centred_NG = centred_NG / (scores_NG.std(1, keepdim=True) + 1e-4)
-    return centred_NG.flatten()
+    return centred_NG.flatten().to(scores_B.dtype)
 
 
 def leave_one_out_advantages(scores_B: Tensor, group: int) -> Tensor:
     """RLOO: each score less the mean of the other scores of its prompt (neighbouring rows)."""
-    scores_NG = scores_B.view(-1, group)
+    scores_NG = scores_B.double().view(-1, group)
     others_NG = (scores_NG.sum(1, keepdim=True) - scores_NG) / (group - 1)
-    return (scores_NG - others_NG).flatten()
+    return (scores_NG - others_NG).flatten().to(scores_B.dtype)
 
 
 def policy_loss(

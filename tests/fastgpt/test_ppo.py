@@ -502,6 +502,7 @@ def test_state_of_another_run_is_refused(changed):
         ({"gamma": 1.5}, "--gamma 1.5: between 0 and 1"),
         ({"epochs": 0}, "--epochs 0: it must be at least 1"),
         ({"kl_coef": -0.1}, "--kl-coef -0.1: it must be at least 0"),
+        ({"rollout": 512, "kl_horizon": 100}, "--kl-horizon 100: less than a --rollout of 512"),
     ],
 )
 def test_options_out_of_range(options, message):

@@ -90,5 +90,7 @@ def test_the_reward_model_reads_a_response_as_it_was_trained_to(tokenizer, shape
     assert found[2].item() == pytest.approx((cut.item() - 0.3) / 0.5, abs=1e-5)
     assert abs(found[2].item() - judged[2]) > 1e-3, "the end makes a difference"
     assert scorer.texts(joined) == texts
+    rows[0, len(ids[0])], rows[1, 0] = tokenizer.vocab_size + 1, end  # a model may have more rows
+    assert scorer.texts(Rows.join(asked, rows, end_id=end, pad_id=pad, context=32)) == texts
     scorer.function = lambda prompts, responses, references: [len(text) for text in responses]
     assert (scorer(joined, [0, 1, 2]) - found).tolist() == pytest.approx([7, 0, 11], abs=1e-5)

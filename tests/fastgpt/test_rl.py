@@ -177,6 +177,17 @@ def test_leave_one_out_advantages():
     torch.testing.assert_close(found, centred * 4 / 3)
 
 
+@pytest.mark.parametrize("score", [33.3, 1000.1, 12345.678, 0.7])
+@pytest.mark.parametrize("group", [3, 8, 10])
+def test_equal_scores_teach_nothing(group, score):
+    """The rounding of their mean, over a deviation of nothing but 1e-4, would."""
+    scores = torch.full((2 * group,), score)
+    for scale in (True, False):
+        assert (formulas.group_advantages(scores, group, scale=scale).abs() < 1e-8).all()
+    assert (formulas.leave_one_out_advantages(scores, group).abs() < 1e-8).all()
+    assert formulas.group_advantages(scores, group).dtype == torch.float32
+
+
 def test_policy_loss_token_by_token():
     ratios = [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 3.0]
     for advantage in (2.0, -2.0):

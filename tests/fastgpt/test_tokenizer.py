@@ -170,6 +170,8 @@ def test_lone_surrogates_raise_with_their_position(gpt2):
             call("ab\ud800")
     with pytest.raises(ValueError, match=where + " of text 1"):
         gpt2.encode_batch(["fine", "ab\ud800"])
+    with pytest.raises(ValueError, match=where + " of text 1"):
+        gpt2.encode_batch(np.array(["fine", "ab\ud800"]))
     with pytest.raises(ValueError, match=where):
         Tokenizer.train(["ab\ud800"], 300)
 
@@ -179,10 +181,11 @@ def test_wrong_arguments_are_refused():
         Tokenizer.train(["text"], 256)
     with pytest.raises(ValueError, match="unknown pattern"):
         Tokenizer.train(["text"], 300, pattern="gpt5")  # pyright: ignore
-    with pytest.raises(ValueError, match="twice"):
-        Tokenizer.train(["text"], 300, special_tokens=("<a>", "<a>"))
-    with pytest.raises(ValueError, match="empty string"):
-        Tokenizer.train(["text"], 300, special_tokens=("",))
+    for names, message in ((("<a>", "<a>"), "twice"), (("",), "empty string")):
+        texts = iter(["text"])
+        with pytest.raises(ValueError, match=message):
+            Tokenizer.train(texts, 300, special_tokens=names)
+        assert next(texts) == "text"  # said before anything is read
     with pytest.raises(ValueError, match="has the name of an ordinary token"):
         Tokenizer.train(["text text"], 300, special_tokens=("a",))
     with pytest.raises(TypeError, match="iterable of str"):

@@ -69,6 +69,7 @@ def set_path(node: Any, path: str, value: Any) -> None:
         ("added_tokens/0/content", 5, r"added_tokens\[0\]: expected str, found int"),
         ("added_tokens/0/content", "", r"added_tokens\[0\]: token '' is empty or listed twice"),
         ("added_tokens/0/id", 3, r"id 3 also belongs to '<\|endoftext\|>'"),
+        ("added_tokens/0/special", False, r"added_tokens\[0\]: '.*' is found in ordinary text"),
         ("added_tokens/0/lstrip", True, "lstrip and rstrip are not supported"),
     ],
 )
