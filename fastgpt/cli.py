@@ -8,11 +8,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import io
 import itertools
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import tomllib
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -48,12 +51,13 @@ def parse(kind: type[C], argv: Sequence[str] | None = None) -> C:
         tree = read_toml(Path(config_file), "--config")
     if "preset" not in {field.name for field in dataclasses.fields(kind)}:  # pyright: ignore
         return from_flags(kind, argv, default=from_tree(kind, tree, config_file or resume or ""))
-    preset = presets.resolve(preset or tree.get("preset", "auto"))
+    own_text = _peek(argv, "--data") is not None or bool(tree.get("data", {}).get("data"))
+    preset = presets.resolve(preset or tree.get("preset", "auto"), own_text=own_text)
     if not resume:
         tree = _merge(presets.overrides(preset), tree)
     default = from_tree(kind, tree | {"preset": preset}, config_file or resume or "preset")
     families = itertools.groupby(presets.PRESETS, key=lambda name: name.partition("-")[0])
-    notes = [f"Presets; auto is {presets.CPU}, or {presets.GPU} on a machine with a GPU:"]
+    notes = [f"Presets; auto is {presets.CPU}, or {presets.GPU} for --data on a GPU:"]
     notes += [f"- {', '.join(names)}" for _, names in families]
     return from_flags(kind, argv, default=default, notes="\n".join(notes))
 
@@ -195,10 +199,18 @@ def _toml(value: Any) -> str:
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[], int]:
-    """Turn ``main`` into an entry point: a `FastGPTError` becomes one line and its exit code."""
+    """Turn ``main`` into an entry point: a `FastGPTError` becomes one line and its exit code.
+
+    SIGTERM ends it as an error does, so that what was begun is cleared away, and a terminal that
+    lacks a character shows another in its place.
+    """
 
     @functools.wraps(main)
     def run() -> int:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
         try:
             main(None)
         except FastGPTError as error:

@@ -250,6 +250,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise UsageError(f"{_flag(name, value)}: it must be at least {bound}")
+        if self.seed >= 2**63:
+            raise UsageError(f"{_flag('seed', self.seed)}: it must be below 2**63")
 
 
 def _flag(name: str, value: object) -> str:
@@ -288,6 +290,9 @@ class PretrainConfig:
             raise UsageError(f"--seq-len {seq_len} is beyond the model's --context {context}")
         if self.stop_at is not None and self.stop_at < 1:
             raise UsageError(f"--stop-at {self.stop_at}: it must be at least 1")
+        fraction = self.data.val_fraction
+        if not 0 < fraction <= 0.5:
+            raise UsageError(f"{_flag('val_fraction', fraction)}: above 0 and at most 0.5")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from fastgpt.errors import DataError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fastgpt.tokenizer import Tokenizer
+
 # What files hold besides weights.
 _BUFFER = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 _GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -56,7 +58,6 @@ def convert(source: Path, out: Path) -> ModelConfig:
     from fastgpt.export import gpt2, llama
     from fastgpt.model import GPT
     from fastgpt.rundir import RunDir, write_atomic
-    from fastgpt.tokenizer import Tokenizer
 
     settings = _json(source / "config.json")
     kind = settings.get("model_type")
@@ -69,13 +70,10 @@ def convert(source: Path, out: Path) -> ModelConfig:
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{source / 'config.json'}: {error!r}; is it complete?") from error
     config.check()
-    found = [f for f in ("tokenizer.json", "tokenizer.model") if (source / f).is_file()]
-    if not found:
-        raise DataError(f"{source}: neither tokenizer.json nor tokenizer.model")
-    tokenizer = Tokenizer.from_file(source / found[0])
+    tokenizer, file = _tokenizer(source)
     if tokenizer.vocab_size > config.vocab_size:
         raise DataError(
-            f"{source}: {tokenizer.vocab_size} ids in {found[0]}, {config.vocab_size} in the model"
+            f"{source}: {tokenizer.vocab_size} ids in {file}, {config.vocab_size} in the model"
         )
     model = GPT(config)
     state = model.state_dict()
@@ -87,6 +85,27 @@ def convert(source: Path, out: Path) -> ModelConfig:
         write_atomic(run.config_path, cli.to_toml(cli.to_tree(PretrainConfig(model=config))))
         save_checkpoint(run.checkpoints, 0, {"model": state}, {}, keep_last=0)
     return config
+
+
+def _tokenizer(source: Path) -> tuple[Tokenizer, str]:
+    """The tokenizer of a model, and its file: the first one that can be read.
+
+    Beside the tokenizer.model of a LLaMA lies a tokenizer.json of a kind that cannot.
+    """
+    from fastgpt.tokenizer import Tokenizer, VocabularyError
+
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    found = [file for file in files if (source / file).is_file()]
+    if not found:
+        raise DataError(f"{source}: none of {', '.join(files)}")
+    first = None
+    for file in found:
+        try:
+            return Tokenizer.from_file(source / file), file
+        except VocabularyError as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def _json(path: Path) -> dict[str, Any]:

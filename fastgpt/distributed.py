@@ -7,11 +7,19 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from fastgpt.errors import FastGPTError, PeerError, UsageError
+
+WAIT = timedelta(hours=2)
+"""Processes wait this long for one that tokenizes or writes; ten minutes, NCCL's own limit, may not
+do.
+"""
+OLDEST = (8, 0)
+"""Compute capability of the oldest GPUs on which Triton's kernels use tensor cores (Ampere)."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +71,20 @@ def pick_device(name: str, local_rank: int) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"--device {name}: not a device; use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: only cpu and cuda (ROCm included) are supported")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UsageError(f"--device {name}: this PyTorch sees no GPU; use --device cpu")
         device = torch.device("cuda", local_rank if device.index is None else device.index)
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise UsageError(f"--device {device}: this machine has {count} GPUs, cuda:0 the first")
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST:
+            raise UsageError(
+                f"--device {name}: {torch.cuda.get_device_name(device)} is older than Ampere "
+                "(sm_80), which the kernels need; use --device cpu"
+            )
         torch.cuda.set_device(device)
     return device
 
@@ -76,7 +94,8 @@ def world(device_name: str) -> Iterator[World]:
     """Join the process group that torchrun describes, or be alone; leave it in a safe order.
 
     Gloo aborts the process now and then when objects that hold communicators outlive the group, so
-    the end waits for everybody and collects garbage first.
+    the end waits for everybody and collects garbage first. NCCL's end waits for everybody by
+    itself: a process that fails alone leaves the group to its exit, and says why at once.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -84,10 +103,16 @@ def world(device_name: str) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=WAIT)
+    alone = False
     try:
         yield World(dist.get_rank(), size, device)
         dist.barrier()
+    except Exception as error:
+        alone = not isinstance(error, FastGPTError)  # those are raised in all processes
+        raise
     finally:
         gc.collect()
-        dist.destroy_process_group()
+        if not (alone and backend == "nccl"):
+            dist.destroy_process_group()

@@ -140,7 +140,7 @@ def sample(
     """
     from fastgpt.decoder import draw, most_probable
 
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-6:  # logits divided by less may be infinite
         return most_probable(logits_BV)
     logits_BV = logits_BV / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:

@@ -22,7 +22,7 @@ _GPU_PEAK = {
     "H100": 989e12,
     "H200": 989e12,
     "B200": 2250e12,
-    "MI250": 362e12,
+    "MI250": 181e12,  # of one of its two dies, each a device
     "MI300": 1307e12,
 }
 
@@ -46,16 +46,16 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak FLOP/s: of the data sheet for known GPUs, else the best of a few large products.
+    """Peak FLOP/s: of the data sheet for known GPUs in bfloat16, else the best of a few products.
 
     Raises UsageError for other devices.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, peak in _GPU_PEAK.items():
             if re.search(rf"\b{part}(?!\d)", name):  # A100, but not RTX A1000
-                return peak if dtype == torch.bfloat16 else peak / 2
-    elif device.type != "cpu":
+                return peak
+    elif device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {device}: only cpu and cuda (ROCm included) are supported")
     n = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

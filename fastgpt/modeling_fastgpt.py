@@ -225,6 +225,8 @@ class FastGPTForCausalLM(PreTrainedModel, GenerationMixin):
         """As the models of transformers.
 
         ``attention_mask`` is (B, S), 0 on padding; the cache goes by its new name or its old one.
+        The loss is the mean over labels, or, as trainers that accumulate gradients ask, their sum
+        over ``num_items_in_batch``.
         """
         x_BTC = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
@@ -252,7 +254,12 @@ class FastGPTForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self._logits(self.norm(x_BTC)[:, -logits_to_keep:])
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            items = kwargs.get("num_items_in_batch")
+            reduction = "mean" if items is None else "sum"
+            pairs = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device)
+            loss = F.cross_entropy(*pairs, reduction=reduction)
+            if items is not None:
+                loss = loss / items
         name = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{name: cache})  # pyright: ignore
 

@@ -15,6 +15,8 @@ from fastgpt.errors import UsageError
 Overrides = dict[str, dict[str, Any]]
 
 CPU, GPU = "cpu-tiny", "modern-small"
+DEVICE_FILES = ("nvidia[0-9]*", "kfd", "dxg")
+"""Of GPUs, in /dev: NVIDIA's, AMD's, those that Windows lends to Linux."""
 
 _ADAMW = {"optimizer": "adamw", "schedule": "cosine", "min_lr": 0.1, "weight_decay": 0.1}
 _GPU_TRAIN = {"batch_tokens": 1 << 19, "steps": 5000, "eval_every": 250, "save_every": 1000}
@@ -130,11 +132,15 @@ PRESETS: dict[str, Overrides] = {
 }
 
 
-def resolve(name: str) -> str:
-    """The preset that ``name`` stands for: "auto" looks for the device file of a GPU."""
+def resolve(name: str, *, own_text: bool = True) -> str:
+    """The preset that ``name`` stands for: "auto" looks for the device file of a GPU.
+
+    The embedded text, without ``own_text``, is one for minutes and not for hours.
+    """
     if name != "auto":
         return name
-    return GPU if any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/kfd")) else CPU
+    files = [file for pattern in DEVICE_FILES for file in Path("/dev").glob(pattern)]
+    return GPU if own_text and files else CPU
 
 
 def overrides(name: str) -> Overrides:

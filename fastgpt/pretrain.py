@@ -46,10 +46,12 @@ def pretrain(config: PretrainConfig, world: World) -> None:
     from fastgpt.hardware import compute_dtype
     from fastgpt.loss import next_token_loss
     from fastgpt.model import GPT
-    from fastgpt.run import preparing, save_config
+    from fastgpt.run import check_same_text, preparing, save_config
     from fastgpt.trainer import train
 
     with preparing(config, world, f"pretrain-{config.preset}") as (run, checkpoint):
+        if config.resume:
+            check_same_text(config, run)
         config, tokenizer, train_set, val_set = _prepare(config, run, world)
     settings = config.train
     seq_len = train_set.seq_len
@@ -140,9 +142,9 @@ def finish(
         {"prompt": tokenizer.decode(prompt), "text": continuation(tokenizer, prompt, ids)}
         for prompt, ids in zip(prompts, new, strict=True)
     ]
+    report = write_report(run, samples, cli.to_tree(config), environment())
     for sample in samples:
         print(f"\n> {sample['prompt']}|{sample['text']}")
-    report = write_report(run, samples, cli.to_tree(config), environment())
     loss, bits = evaluation["val_loss"], evaluation["val_bpb"]
     print(f"\nval loss {loss:.4f} nats/token, {bits:.4f} bits/byte")
     print(f"run {run.path}, report {report}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import sys
@@ -15,7 +16,7 @@ import torch
 from fastgpt import cli
 from fastgpt.chat import end_id
 from fastgpt.checkpoint import Checkpoint, list_steps, load_checkpoint
-from fastgpt.config import DataConfig, ModelConfig, StageConfig
+from fastgpt.config import DataConfig, ModelConfig, PretrainConfig, StageConfig
 from fastgpt.data.batches import (
     TokenizedData,
     embedded_text,
@@ -118,6 +119,19 @@ def load_chat_init(config: StageConfig, run: RunDir, world: World) -> tuple[GPT,
     if world.rank == 0 and not list_steps(run.checkpoints):
         tokenizer.save(run.tokenizer_path)
     return model, tokenizer
+
+
+def check_same_text(config: PretrainConfig, run: RunDir) -> None:
+    """Raise UsageError if a resumed run is to be trained on other tokens than it made of its text.
+
+    They are in its directory and not made again, whatever flags say.
+    """
+    saved = cli.from_tree(PretrainConfig, cli.read_toml(run.config_path, "--resume"), str(run.path))
+    for field in dataclasses.fields(DataConfig):
+        before, now = getattr(saved.data, field.name), getattr(config.data, field.name)
+        if before != now and field.name != "mask_documents":
+            flag = f"--{field.name.replace('_', '-')}"
+            raise UsageError(f"{flag}: a resumed run keeps its tokens; leave it out")
 
 
 def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:

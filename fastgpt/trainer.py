@@ -297,9 +297,10 @@ class _Loop:
         return {"train": vars(self.state), "rng": rng_state(), **stage}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take model, optimizers, counters and random state from ``checkpoint``.
+        """Take model, optimizers, counters and random state from ``checkpoint``, and empty it.
 
-        The stage comes first: what it refuses explains weights that do not fit.
+        The stage comes first: what it refuses explains weights that do not fit. A checkpoint of a
+        large model would stay in the memory of every process to the end of the run.
         """
         if self.stage_state is not None:
             self.stage_state.load(checkpoint.state["stage"], checkpoint.tensors.get("stage", {}))
@@ -308,6 +309,7 @@ class _Loop:
         self.optimizers.load_state_tensors(checkpoint.tensors["optimizer"])
         self.state = TrainState(**checkpoint.state["train"])
         set_rng_state(checkpoint.state["rng"])
+        checkpoint.tensors.clear()
 
     def step(self, batch: Sequence[Batch], stop: StopRequest) -> _Stats:
         """Forward, backward, and an update unless something is not finite."""

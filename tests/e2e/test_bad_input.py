@@ -41,6 +41,8 @@ USAGE = {
     "micro-batch": (["--micro-batch", 3], ["micro-batches of 3", "multiple of 3"]),
     "val fraction": (["--val-fraction", 2], ["val", "2"]),
     "device": (["--device", "tpu9"], ["--device tpu9"]),
+    "kind of device": (["--device", "mps"], ["--device mps: only cpu and cuda"]),
+    "seed": (["--seed", 10**22], ["--seed", "below 2**63"]),
     "learning rate": (["--lr", -1], ["--lr -1"]),
     "window": (["--seq-len", 64], ["seq", "64", "32"]),
     "no GPU": (["--device", "cuda"], ["--device cuda", "--device cpu"]),
@@ -236,6 +238,15 @@ def test_a_changed_model_is_refused_at_a_resume(shell: Shell, fresh):
     before = (run / "config.toml").read_bytes()
     done = shell.pretrain("--resume", run, "--steps", 30, "--n-embd", 64, expect=3)
     assert "wte.weight" in only_line(done)
+    assert (run / "config.toml").read_bytes() == before
+
+
+def test_other_data_are_refused_at_a_resume(shell: Shell, fresh):
+    """The run has its tokens: flags that speak of others would be recorded and do nothing."""
+    run = fresh()
+    before = (run / "config.toml").read_bytes()
+    done = shell.pretrain("--resume", run, "--steps", 30, "--val-fraction", 0.3, expect=2)
+    assert "--val-fraction: a resumed run keeps its tokens" in only_line(done)
     assert (run / "config.toml").read_bytes() == before
 
 

@@ -14,7 +14,7 @@ from fastgpt.convert import convert
 from fastgpt.errors import DataError, UsageError
 from fastgpt.export import export
 from fastgpt.run import load_model
-from fastgpt.tokenizer import Tokenizer
+from fastgpt.tokenizer import Tokenizer, train_sentencepiece
 
 VOCAB = 320
 
@@ -92,6 +92,34 @@ def test_there_and_back(name, saved, tmp_path):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_a_sentencepiece_model_beside_a_tokenizer_json_that_cannot_be_read(saved, tmp_path):
+    """As the directories of LLaMA 1 and 2 are, and our own exports."""
+    _, source = saved("llama")
+    (source / "tokenizer.json").unlink()
+    texts = ["abc ab bcd abcd"] * 100
+    tokenizer = train_sentencepiece(texts, 270, source / "tokenizer.model")
+    for again in range(2):
+        run, exported = tmp_path / f"run{again}", tmp_path / f"exported{again}"
+        convert(source, run)
+        model, read = load_model(run, device="cpu", dtype="float32")
+        assert read.hash == tokenizer.hash
+        export(model, read, exported)
+        assert (exported / "tokenizer.json").is_file()
+        assert (exported / "tokenizer.model").is_file()
+        source = exported
+
+
+def test_the_two_files_of_gpt2(saved, tokenizer, tmp_path):
+    _, source = saved("gpt2")
+    (source / "tokenizer.json").unlink()
+    tokenizer.save(source / "vocab.json")
+    convert(source, tmp_path / "run")
+    text = "What two files say, "
+    read = load_model(tmp_path / "run", device="cpu")[1]
+    gpt2_split = Tokenizer.from_file(source / "vocab.json")
+    assert read.encode(text) == gpt2_split.encode(text)
+
+
 def test_names_and_buffers_of_the_first_gpt2_files(saved, tmp_path):
     theirs, source = saved("gpt2")
     file = source / "model.safetensors"
@@ -153,7 +181,7 @@ def test_missing_and_damaged_files(saved, tmp_path):
     with pytest.raises(DataError, match="other formats can run code"):
         convert(source, run)
     (source / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+    with pytest.raises(DataError, match=r"none of tokenizer\.json, tokenizer\.model, vocab\.json"):
         convert(source, run)
     (source / "config.json").write_text("[]")
     with pytest.raises(DataError, match="an object is expected, not list"):

@@ -120,6 +120,11 @@ def test_the_loss_is_that_of_transformers(tokenizer, tmp_path):
     logits = result.logits[:, :-1].reshape(-1, tokenizer.vocab_size)
     expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1))
     torch.testing.assert_close(result.loss, expected)
+    # A trainer that accumulates gradients divides by the labels of all micro-batches.
+    rows = zip(ids.split(1), labels.split(1), strict=True)
+    parts = [theirs(i, labels=t, num_items_in_batch=37) for i, t in rows]
+    counted = (labels[:, 1:] != -100).sum()
+    torch.testing.assert_close(sum(part.loss for part in parts), expected * counted / 37)
     kept = theirs(ids, logits_to_keep=1).logits
     torch.testing.assert_close(kept, result.logits[:, -1:])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+
 import pytest
 import torch
 
@@ -94,10 +96,23 @@ def test_gpt3_alternates_dense_and_banded_layers():
     assert [block.attn.window for block in model.blocks] == [None, 256] * 6
 
 
-def test_auto_follows_the_device_files(monkeypatch):
-    for files, expected in (((), presets.CPU), (("/dev/nvidia0",), presets.GPU)):
-        monkeypatch.setattr(presets.Path, "exists", lambda path, files=files: str(path) in files)
-        assert overrides("auto") is PRESETS[expected]
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("null", presets.CPU),
+        ("nvidiactl", presets.CPU),
+        *((name, presets.GPU) for name in ("nvidia0", "nvidia3", "nvidia11", "kfd", "dxg")),
+    ],
+)
+def test_auto_follows_the_device_files(file, expected, monkeypatch):
+    def glob(path, pattern):
+        assert str(path) == "/dev"
+        return [path / file] if fnmatch.fnmatch(file, pattern) else []
+
+    monkeypatch.setattr(presets.Path, "glob", glob)
+    assert overrides("auto") is PRESETS[expected]
+    assert presets.resolve("auto", own_text=False) == presets.CPU  # 5 MB are soon known by heart
+    assert presets.resolve("gpt2-xl", own_text=False) == "gpt2-xl"
 
 
 @pytest.mark.parametrize(

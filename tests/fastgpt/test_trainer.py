@@ -312,8 +312,10 @@ def test_a_stop_behind_the_run_is_refused(run):
 
 def test_a_finished_run_still_evaluates(run):
     train(run)
-    result = train(run, resume=load_checkpoint(run.checkpoints), evaluate=lambda: {"val_loss": 1.0})
+    checkpoint = load_checkpoint(run.checkpoints)
+    result = train(run, resume=checkpoint, evaluate=lambda: {"val_loss": 1.0})
     assert result.evaluation == {"val_loss": 1.0}
+    assert not checkpoint.tensors, "they would stay in memory to the end of the run"
 
 
 def test_weights_of_another_model_are_refused(run):
