@@ -232,21 +232,20 @@ def test_a_damaged_run_is_refused(case, shell: Shell, fresh):
     assert str(run) in done.errors[0]
 
 
-def test_a_changed_model_is_refused_at_a_resume(shell: Shell, fresh):
+@pytest.mark.parametrize(
+    ("flags", "code", "named"),
+    [
+        (["--n-embd", 64], 3, "wte.weight"),
+        (["--val-fraction", 0.3], 2, "--val-fraction: a resumed run keeps its tokens"),
+    ],
+    ids=["model", "data"],
+)
+def test_what_a_resumed_run_cannot_change_is_refused(flags, code, named, shell: Shell, fresh):
     """The settings that the run can go on with are left as they were."""
     run = fresh()
     before = (run / "config.toml").read_bytes()
-    done = shell.pretrain("--resume", run, "--steps", 30, "--n-embd", 64, expect=3)
-    assert "wte.weight" in only_line(done)
-    assert (run / "config.toml").read_bytes() == before
-
-
-def test_other_data_are_refused_at_a_resume(shell: Shell, fresh):
-    """The run has its tokens: flags that speak of others would be recorded and do nothing."""
-    run = fresh()
-    before = (run / "config.toml").read_bytes()
-    done = shell.pretrain("--resume", run, "--steps", 30, "--val-fraction", 0.3, expect=2)
-    assert "--val-fraction: a resumed run keeps its tokens" in only_line(done)
+    done = shell.pretrain("--resume", run, "--steps", 30, *flags, expect=code)
+    assert named in only_line(done)
     assert (run / "config.toml").read_bytes() == before
 
 
