@@ -2,8 +2,8 @@
 
 The directory holds config.json, safetensors and a tokenizer, as ``save_pretrained`` or a download
 leaves them; GPT-2 and LLaMA shapes are understood. What comes out is a run at step 0: finetune it
-with ``python -m fastgpt.sft --init``. Texts begin with the end-of-text id there, as in all runs, not
-with the ``<s>`` that a LLaMA was trained to expect first.
+with ``python -m fastgpt.sft --init``. Texts begin with the end-of-text id there, as in all runs,
+not with the ``<s>`` that a LLaMA was trained to expect first.
 """
 
 from __future__ import annotations
