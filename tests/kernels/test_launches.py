@@ -192,6 +192,21 @@ def test_a_dim_of_one_element_narrows_nothing(launched):
     assert len(launched) == 3
 
 
+@pytest.mark.parametrize("columns", [4096, 16384])
+def test_norms_of_frozen_parameters(launched, columns):
+    """Their sums are left out of the kernel, which takes fewer registers."""
+    registers = []
+    for frozen in (False, True):
+        w, b = (torch.ones(columns, dtype=torch.bfloat16, requires_grad=not frozen) for _ in "wb")
+        x = torch.ones(2, columns, dtype=torch.bfloat16, requires_grad=True)
+        launched.clear()
+        ours.layer_norm(x, columns, w, b).backward(torch.ones_like(x))
+        report = static.analyse_kernel(launched[-1][1], "sm_90")
+        assert not static.problems(report, "sm_90")
+        registers.append(report.registers)
+    assert registers[1] < registers[0]
+
+
 def test_long_rows_that_16_does_not_divide_are_read_in_16_bytes(launched):
     x = torch.ones(2, 8200, dtype=torch.bfloat16, requires_grad=True)
     ours.rms_norm(x, 8200).backward(torch.ones_like(x))
