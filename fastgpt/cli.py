@@ -13,9 +13,7 @@ import itertools
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import tomllib
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +49,9 @@ def parse(kind: type[C], argv: Sequence[str] | None = None) -> C:
         tree = read_toml(Path(config_file), "--config")
     if "preset" not in {field.name for field in dataclasses.fields(kind)}:  # pyright: ignore
         return from_flags(kind, argv, default=from_tree(kind, tree, config_file or resume or ""))
-    own_text = _peek(argv, "--data") is not None or bool(tree.get("data", {}).get("data"))
+    data = tree.get("data")
+    given = isinstance(data, Mapping) and bool(data.get("data"))
+    own_text = given or _peek(argv, "--data") is not None
     preset = presets.resolve(preset or tree.get("preset", "auto"), own_text=own_text)
     if not resume:
         tree = _merge(presets.overrides(preset), tree)
@@ -201,15 +201,12 @@ def _toml(value: Any) -> str:
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable[[], int]:
     """Turn ``main`` into an entry point: a `FastGPTError` becomes one line and its exit code.
 
-    SIGTERM ends it as an error does, so that what was begun is cleared away, and a terminal that
-    lacks a character shows another in its place.
+    A terminal that lacks a character shows another in its place.
     """
 
     @functools.wraps(main)
     def run() -> int:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        if isinstance(sys.stdout, io.TextIOWrapper):
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.isatty():
             sys.stdout.reconfigure(errors="replace")
         try:
             main(None)

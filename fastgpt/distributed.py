@@ -79,7 +79,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         count = torch.cuda.device_count()
         if device.index >= count:
-            raise UsageError(f"--device {device}: this machine has {count} GPUs, cuda:0 the first")
+            raise UsageError(f"--device {device}: GPUs here are numbered below {count}")
         if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST:
             raise UsageError(
                 f"--device {name}: {torch.cuda.get_device_name(device)} is older than Ampere "
@@ -109,7 +109,7 @@ def world(device_name: str) -> Iterator[World]:
     try:
         yield World(dist.get_rank(), size, device)
         dist.barrier()
-    except Exception as error:
+    except BaseException as error:
         alone = not isinstance(error, FastGPTError)  # those are raised in all processes
         raise
     finally:

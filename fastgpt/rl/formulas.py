@@ -54,9 +54,10 @@ def masked_whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor
 
     Ziegler et al.: ``(x - mean) * rsqrt(var + 1e-8)``, ``+ mean`` without ``shift_mean``.
     """
-    mean = masked_mean(x, mask)
-    white = (x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
-    return torch.where(mask, white if shift_mean else white + mean, 0.0)
+    exact = x.double()  # so that equal values differ by nothing
+    mean = masked_mean(exact, mask)
+    white = (exact - mean) * torch.rsqrt(masked_var(exact, mask) + 1e-8)
+    return torch.where(mask, white if shift_mean else white + mean, 0.0).to(x.dtype)
 
 
 def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: KLEstimator = "k1") -> Tensor:

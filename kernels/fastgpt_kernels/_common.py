@@ -91,13 +91,17 @@ def check_devices(name: str, x: Tensor, *others: Tensor | None) -> None:
 
 def cast_under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """Tensors (or None) in autocast's dtype where it is on, as PyTorch casts the operands of its
-    matrix products and of its attention: all but float64.
+    matrix products and of its attention: all floating ones but float64.
     """
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tuple(x.to(dtype) if x is not None and _is_cast(x) else x for x in tensors)
+
+
+def _is_cast(x: Tensor) -> bool:
+    return x.is_floating_point() and x.dtype != torch.float64
 
 
 def check_dtype(name: str, x: Tensor) -> None:

@@ -85,8 +85,8 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, dy, dtotal):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, bias, mean, rstd = ctx.saved_tensors
         dtype, added, n_dims, rms = ctx.options
-        if dy is None:  # only the sum is used
-            return dtotal.to(dtype), dtotal, *[None] * 5
+        if dy is None:  # only the sum is used, if that
+            return None if dtotal is None else dtotal.to(dtype), dtotal, *[None] * 5
         needs = ctx.needs_input_grad[2:4]
         dx, *sums = _fused_backward(dy, x, mean, rstd, weight, *needs, n_dims, rms, dtotal)
         dw, db = (

@@ -309,6 +309,8 @@ def _save_sum(ctx, inputs, output):
 
 
 def _backward_sum(ctx, grad, *_unused):
+    if grad is None:
+        return (None,) * 11
     scaled = [
         linear_cross_entropy_scaled(saved, grad, dtype) if needed else None
         for saved, dtype, needed in zip(

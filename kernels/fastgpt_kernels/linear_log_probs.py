@@ -243,6 +243,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad_log_probs, grad_entropy, _grad_top, _grad_total):
+    if grad_log_probs is None and grad_entropy is None:
+        return (None,) * 7
     saved = ctx.saved_tensors  # read once: checkpointing unpacks them once
     *_, weight, bias, _ids = saved
     needs = ctx.needs_input_grad[:3]

@@ -224,7 +224,7 @@ def _gradients(ctx, grad, grad_total=None):
 
 
 def _backward(ctx, grad, _grad_mean, _grad_rstd):
-    return _gradients(ctx, grad)
+    return (None,) * 6 if grad is None else _gradients(ctx, grad)
 
 
 norm_fwd.register_autograd(_backward, setup_context=_save)
@@ -260,8 +260,9 @@ def _save_add(ctx, inputs, output):
 
 
 def _backward_add(ctx, grad, grad_total, _grad_mean, _grad_rstd):
-    if grad is None:  # only the sum is used
-        return grad_total.to(ctx.dtype), grad_total, *[None] * 5
+    if grad is None:  # only the sum is used, if that
+        dx = None if grad_total is None else grad_total.to(ctx.dtype)
+        return dx, grad_total, *[None] * 5
     dx, *rest = _gradients(ctx, grad, grad_total)
     return dx.to(ctx.dtype), dx, *rest
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -292,26 +291,14 @@ def test_a_closed_pipe_is_no_error():
 def test_a_terminal_without_a_letter_shows_another(monkeypatch):
     """Samples may hold any; the run is done, and must not end in a traceback."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(out, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stdout", out)
     assert cli.command(lambda argv: print("caf\u00e9 \u0436"))() == 0
     out.flush()
     assert out.buffer.getvalue() == "caf\u00e9 ?\n".encode("latin-1")
 
 
-def test_a_signal_clears_away_what_was_begun():
-    """While data are prepared nothing can be saved; the directory must be free for the next try."""
-    cleared = []
-
-    def main(argv):
-        try:
-            signal.raise_signal(signal.SIGTERM)
-        finally:
-            cleared.append(True)
-
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as end:
-            cli.command(main)()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert (end.value.code, cleared) == (143, [True])
+@pytest.mark.parametrize("line", ['data = "corpus.txt"', "data = [1]"])
+def test_data_that_is_no_table_is_named(toml, line):
+    with pytest.raises(UsageError, match="'data' must be a table"):
+        parse("--config", toml(line))

@@ -185,6 +185,7 @@ def test_equal_scores_teach_nothing(group, score):
     for scale in (True, False):
         assert (formulas.group_advantages(scores, group, scale=scale).abs() < 1e-8).all()
     assert (formulas.leave_one_out_advantages(scores, group).abs() < 1e-8).all()
+    assert (formulas.masked_whiten(scores, scores > 0).abs() < 1e-3).all()
     assert formulas.group_advantages(scores, group).dtype == torch.float32
 
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgpt_kernels import (
     _cpu_norm,
     add_layer_norm,
+    attention,
     cpu,
     cross_entropy,
     gae,
@@ -249,6 +250,38 @@ def test_the_backward_makes_no_zeros_for_outputs_that_nothing_used(name):
     with Zeros() as zeros:
         loss.backward()
     assert [shape for shape in zeros.made if shape in ((6,), (6, 8), (11, 8))] == []
+
+
+class Stop(torch.autograd.Function):
+    """Passes no gradient on, which autograd says by None."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+STOPPED = {
+    **UNUSED,
+    "rms_norm": lambda x, w: _cpu_norm.add_norm(x, None, w[0], None, 1, 1e-5, True)[0],
+    "linear_log_probs": lambda x, w: linear_log_probs(x, w, torch.arange(6))[0],
+    "log_probs by row": lambda x, w: OPS.linear_log_probs_fwd(
+        x, w, None, torch.arange(6), -100, 1.0, 0.0
+    )[0],
+    "no reduction": lambda x, w: linear_cross_entropy(x, w, torch.arange(6), reduction="none"),
+    "attention": lambda x, w: attention(*[x[None, None]] * 3),
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_no_gradient_arrives(name):
+    x, w = _leaf(6, 8), _leaf(11, 8)
+    (Stop.apply(STOPPED[name](x, w)).sum() + x.sum()).backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert w.grad is None or not w.grad.any()
 
 
 @pytest.mark.parametrize("once", ["add_norm", "add_layer_norm"])
