@@ -22,7 +22,7 @@ import importlib
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -65,26 +65,37 @@ def subclass(original: type[nn.Module], forward: Callable[..., Any]) -> type[nn.
 def rebind(function: Callable[..., Any], names: dict[str, Any]) -> types.FunctionType | None:
     """A copy of ``function`` that means something else by some of its global names.
 
-    The copy says ``_fastgpt_<name>``, which its module gets beside its own names: it still sees
-    what happens to those. None if it has no such global name, or an attribute of that name too.
+    The copy, with functions made in it, says ``_fastgpt_<name>``, which its module gets beside its
+    own names: it still sees what happens to those. Where a name is one of an attribute too, it
+    stays what it is. None if nothing changes.
     """
     plain: Any = function
-    code = plain.__code__
+    code = _renamed(plain.__code__, names)
+    if code == plain.__code__:
+        return None
+    plain.__globals__.update({f"_fastgpt_{name}": value for name, value in names.items()})
+    copy = types.FunctionType(
+        code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
+    )
+    copy.__kwdefaults__ = plain.__kwdefaults__
+    return copy
+
+
+def names_in(code: types.CodeType) -> set[str]:
+    """Global names and attributes that a function and those made in it say."""
+    inner = (names_in(c) for c in code.co_consts if isinstance(c, types.CodeType))
+    return set(code.co_names).union(*inner)
+
+
+def _renamed(code: types.CodeType, names: Collection[str]) -> types.CodeType:
     uses: dict[bool, set[str]] = {True: set(), False: set()}
     for instruction in dis.get_instructions(code):
         if instruction.opcode in dis.hasname:
             uses["GLOBAL" in instruction.opname].add(instruction.argval)
-    names = {name: value for name, value in names.items() if name in uses[True]}
-    if not names or names.keys() & uses[False]:
-        return None
-    said = tuple(f"_fastgpt_{name}" if name in names else name for name in code.co_names)
-    plain.__globals__.update({f"_fastgpt_{name}": value for name, value in names.items()})
-    copy = types.FunctionType(
-        code.replace(co_names=said), plain.__globals__, plain.__name__, plain.__defaults__,
-        plain.__closure__,
-    )  # fmt: skip
-    copy.__kwdefaults__ = plain.__kwdefaults__
-    return copy
+    changed = uses[True].intersection(names) - uses[False]
+    inner = (_renamed(c, names) if isinstance(c, types.CodeType) else c for c in code.co_consts)
+    said = (f"_fastgpt_{name}" if name in changed else name for name in code.co_names)
+    return code.replace(co_names=tuple(said), co_consts=tuple(inner))
 
 
 def attention_forward(
@@ -330,7 +341,8 @@ def _own_head(model: Any) -> str | None:
     head = model.lm_head
     if type(head) is not nn.Linear:
         return f"its lm_head is a {type(head).__name__}"
-    if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
+    hooks = head._forward_hooks, head._forward_pre_hooks, head._backward_hooks
+    if "forward" in vars(head) or any((*hooks, head._backward_pre_hooks)):
         return "its lm_head has hooks"
     return None
 

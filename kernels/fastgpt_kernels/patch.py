@@ -192,7 +192,7 @@ def _sdpa_rule(original: type[nn.Module]) -> type[nn.Module] | str:
     causal ones with T != S, stay with PyTorch.
     """
     forward = original.forward
-    names = forward.__code__.co_names
+    names = _transformers.names_in(forward.__code__)
     ours = _with_our_attention()
     values = {name: forward.__globals__.get(name) for name in names}
     direct = (F, F.scaled_dot_product_attention, *((nn, torch) if "functional" in names else ()))
@@ -206,7 +206,9 @@ def _sdpa_rule(original: type[nn.Module]) -> type[nn.Module] | str:
 def _calls_sdpa(kind: type[nn.Module]) -> bool:
     code = getattr(kind.forward, "__code__", None)
     library = kind.__module__.startswith(("torch.", "transformers.", "fastgpt_kernels."))
-    return code is not None and not library and "scaled_dot_product_attention" in code.co_names
+    if code is None or library:
+        return False
+    return "scaled_dot_product_attention" in _transformers.names_in(code)
 
 
 Rule = Callable[[Any], type[nn.Module] | str]

@@ -11,6 +11,7 @@ from harness import assert_as_good_as
 from torch import nn
 
 from fastgpt_kernels import cpu, modules
+from fastgpt_kernels import patch as patching
 from fastgpt_kernels.patch import patch, unpatch
 
 
@@ -50,6 +51,16 @@ class AttributeOfThatName(SelfAttention):
     def forward(self, x):
         self.F = F
         return self.F.scaled_dot_product_attention(x, x, x)
+
+
+class FromWithin(SelfAttention):
+    """Calls in a comprehension, in a lambda and beside an attribute of the same name."""
+
+    def forward(self, x):
+        both = [F.scaled_dot_product_attention(y, y, y) for y in (x, 2.0 * x)]
+        attend = lambda y: F.scaled_dot_product_attention(y, y, y)  # noqa: E731
+        third = torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        return sum(both) + attend(x) + nn.functional.relu(third)
 
 
 FACTOR, CALLS = 1.0, 0
@@ -218,3 +229,13 @@ def test_a_name_that_is_an_attribute_too_is_left_alone():
     patched = patch(model)
     assert patched.replaced == ()
     assert "other than a global name" in str(patched)
+
+
+def test_calls_from_functions_within(monkeypatch):
+    model, x, calls = FromWithin(), torch.randn(1, 2, 5, 8), []
+    expected = model(x)
+    assert len(patch(model).replaced) == 1
+    ours = patching.attention
+    monkeypatch.setattr(patching, "attention", lambda *a, **k: calls.append(1) or ours(*a, **k))
+    torch.testing.assert_close(model(x), expected)
+    assert len(calls) == 4
