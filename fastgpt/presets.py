@@ -15,8 +15,8 @@ from fastgpt.errors import UsageError
 Overrides = dict[str, dict[str, Any]]
 
 CPU, GPU = "cpu-tiny", "modern-small"
-DEVICE_FILES = ("nvidia[0-9]*", "kfd", "dxg")
-"""Of GPUs, in /dev: NVIDIA's, AMD's, those that Windows lends to Linux."""
+DEVICE_FILES = ("dev/nvidia[0-9]*", "dev/kfd", "usr/lib/wsl/lib/libcuda.so.1")
+"""Of GPUs: NVIDIA's, AMD's, NVIDIA's that Windows lends to Linux."""
 
 _ADAMW = {"optimizer": "adamw", "schedule": "cosine", "min_lr": 0.1, "weight_decay": 0.1}
 _GPU_TRAIN = {"batch_tokens": 1 << 19, "steps": 5000, "eval_every": 250, "save_every": 1000}
@@ -139,7 +139,7 @@ def resolve(name: str, *, own_text: bool = True) -> str:
     """
     if name != "auto":
         return name
-    files = [file for pattern in DEVICE_FILES for file in Path("/dev").glob(pattern)]
+    files = [file for pattern in DEVICE_FILES for file in Path("/").glob(pattern)]
     return GPU if own_text and files else CPU
 
 

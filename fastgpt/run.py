@@ -126,12 +126,19 @@ def check_same_text(config: PretrainConfig, run: RunDir) -> None:
 
     They are in its directory and not made again, whatever flags say.
     """
+    if find_tokenized(run.path / "tokens") is None:
+        return  # it ended before
     saved = cli.from_tree(PretrainConfig, cli.read_toml(run.config_path, "--resume"), str(run.path))
     for field in dataclasses.fields(DataConfig):
-        before, now = getattr(saved.data, field.name), getattr(config.data, field.name)
+        before, now = (_absolute(getattr(c.data, field.name)) for c in (saved, config))
         if before != now and field.name != "mask_documents":
             flag = f"--{field.name.replace('_', '-')}"
             raise UsageError(f"{flag}: a resumed run keeps its tokens; leave it out")
+
+
+def _absolute(value: Any) -> Any:
+    paths = isinstance(value, tuple) and all(isinstance(part, Path) for part in value)
+    return tuple(part.absolute() for part in value) if paths else value
 
 
 def check_same_data(saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -104,8 +104,9 @@ class RLConfig:
             )
         if self.adapts_kl and self.kl_horizon < self.rollout:
             raise UsageError(
-                f"--kl-horizon {self.kl_horizon}: less than a --rollout of {self.rollout} could "
-                "change the coefficient by more than a fifth at once, and below 0"
+                f"--kl-horizon {self.kl_horizon}: less than a --rollout of {self.rollout}, it lets "
+                "one rollout change the coefficient by more than a fifth; raise it, or take "
+                "--kl-controller fixed"
             )
         for name, part in (("group", self.per_prompt), ("minibatches", self.minibatches)):
             if self.rollout % part:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from fastgpt_kernels._common import tl, triton
 from fastgpt_kernels._soft_cap import tanh
+from fastgpt_kernels._units import multiple
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -265,9 +266,10 @@ def loss_gradient_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def scale_kernel(x, factor, out, n, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n"])
+def scale_kernel(x, factor, out, n, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     """``x * factor`` in float32, rounded once; all n elements adjacent, the factor in memory."""
+    n = multiple(n, UNIT)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n
     y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * tl.load(factor)

@@ -17,6 +17,7 @@ Shapes: input (N, D), weight (V, D), bias (V,), target (N,).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -291,8 +292,9 @@ def linear_cross_entropy_scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -
         return (x * factor).to(dtype)
     x, out = x.contiguous(), x.new_empty(x.shape, dtype=dtype)
     if x.numel():
+        flags: dict[str, Any] = {"UNIT": math.gcd(16, x.shape[-1]), **_SCALE}
         with device_guard(x):
-            scale_kernel[(cdiv(x.numel(), _SCALE["BLOCK"]),)](x, factor, out, x.numel(), **_SCALE)
+            scale_kernel[(cdiv(x.numel(), _SCALE["BLOCK"]),)](x, factor, out, x.numel(), **flags)
     return out
 
 
@@ -329,8 +331,8 @@ def aot_cases() -> list[AotCase]:
     return [
         aot_case(
             f"loss_scale/{name}", scale_kernel,
-            {"x": f"*{name}", "factor": "*fp32", "out": f"*{name}", "n": "i32"}, {}, _SCALE,
-            aligned=("n",),
+            {"x": f"*{name}", "factor": "*fp32", "out": f"*{name}", "n": "i32"}, {"UNIT": 16},
+            _SCALE,
         )
         for name in AOT_DTYPES
     ]  # fmt: skip

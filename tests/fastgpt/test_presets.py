@@ -99,14 +99,14 @@ def test_gpt3_alternates_dense_and_banded_layers():
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("null", presets.CPU),
-        ("nvidiactl", presets.CPU),
-        *((name, presets.GPU) for name in ("nvidia0", "nvidia3", "nvidia11", "kfd", "dxg")),
+        *((f"dev/{name}", presets.CPU) for name in ("null", "nvidiactl", "dxg")),
+        *((f"dev/{name}", presets.GPU) for name in ("nvidia0", "nvidia3", "nvidia11", "kfd")),
+        ("usr/lib/wsl/lib/libcuda.so.1", presets.GPU),
     ],
 )
 def test_auto_follows_the_device_files(file, expected, monkeypatch):
     def glob(path, pattern):
-        assert str(path) == "/dev"
+        assert str(path) == "/"
         return [path / file] if fnmatch.fnmatch(file, pattern) else []
 
     monkeypatch.setattr(presets.Path, "glob", glob)

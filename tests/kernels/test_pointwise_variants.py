@@ -1,4 +1,4 @@
-"""Norms, activations, rotary and gae compile nothing new for other numbers of tokens."""
+"""What is not attention or a loss compiles nothing new for other numbers of tokens."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fastgpt_kernels import activations, normalization
 # The package exports the function under the module's name.
 rotary = importlib.import_module("fastgpt_kernels.rotary")
 gae = importlib.import_module("fastgpt_kernels.gae")
+head = importlib.import_module("fastgpt_kernels.linear_cross_entropy")
 TOKENS = (1, 2, 17, 64, 100, 128, 1000, 1024, 2047)
 
 
@@ -37,6 +38,7 @@ def launched(monkeypatch):
         (activations, ("fwd_kernel", "bwd_kernel")),
         (rotary, ("rotary_kernel",)),
         (gae, ("gae_kernel",)),
+        (head, ("scale_kernel",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name)))
@@ -77,4 +79,13 @@ def test_gae(launched):
     for tokens in TOKENS[1:]:  # a stride of 1, of one token, is a constant
         rewards, values = torch.empty(3, tokens), torch.empty(3, tokens)
         gae._launch(rewards, values, values > 0, 1.0, 0.95)
+    assert len(launched) == 1, "\n".join(sorted(launched))
+
+
+@pytest.mark.parametrize("columns", [72, 1000, 4096])
+def test_scaling_of_gradients(launched, columns, monkeypatch):
+    monkeypatch.setattr(head, "use_triton", lambda x: True)
+    for tokens in TOKENS:
+        x = torch.empty(tokens, columns, dtype=torch.bfloat16)
+        head.linear_cross_entropy_scaled._init_fn(x, torch.tensor(1.0), torch.bfloat16)
     assert len(launched) == 1, "\n".join(sorted(launched))
