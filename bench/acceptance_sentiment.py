@@ -251,7 +251,9 @@ def measure(runs: dict[str, Path], folder: Path, judges: Judges, seed: int) -> d
         result["paired"][judge] = [float(difference.mean()), float(se)]
         wins = (difference > 0) + 0.5 * (difference == 0)
         result["win_rate"][judge] = float(wins.mean())
-        votes = votes_from_scores({name: scores[name][judge].tolist() for name in runs})
+        answers = {name: said[name].texts for name in runs}
+        judged = {name: scores[name][judge].tolist() for name in runs}
+        votes = votes_from_scores(judged, answers)
         result["leaderboard"][judge] = [row.model for row in leaderboard(votes)]
     result["samples"] = [
         {"prompt": prompts[i], **{name: s.texts[i] for name, s in said.items()}} for i in range(6)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = cli.from_flags(ConvertConfig, argv)
     shape = convert(config.model, config.out)
     print(f"run {config.out}, {shape.n_params():,} parameters")
-    print(f"try: python -m fastgpt.sft --init {config.out}")
+    print(f"try: python -m fastgpt.sft --init {shlex.quote(str(config.out))}")
 
 
 def convert(source: Path, out: Path) -> ModelConfig:

@@ -102,6 +102,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     prompts = read_prompts(config.prompts) if config.prompts else []
     prompts = prompts[: config.limit or None]
     tasks = [read_task(path) for path in config.tasks]
+    _named_once("--tasks", [task.name for task in tasks])
+    _named_once("--votes", [path.name for path in config.votes])
     votes = {path.name: read_votes(path) for path in config.votes}
     for spec in config.judge:  # before the answers, which take long
         check_judge(spec, prompts)
@@ -124,6 +126,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return results
 
 
+def _named_once(flag: str, names: Sequence[str]) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{flag}: two files are called {twice}, as their results would be; rename")
+
+
 def _measure(config: EvaluateConfig, path: Path, tasks: Sequence[Any]) -> dict[str, Any]:
     from fastgpt.assess.tasks import evaluate_task
 
@@ -132,7 +140,7 @@ def _measure(config: EvaluateConfig, path: Path, tasks: Sequence[Any]) -> dict[s
     model, tokenizer = _load(config, path)
     values: dict[str, Any] = {}
     if config.data:
-        values |= bits_per_byte(model, tokenizer, config.data)
+        values |= bits_per_byte(model, tokenizer, config.data, masked=masks_documents(path))
     chat = _is_chat(config, tokenizer)
     for task in tasks:
         values[task.name] = evaluate_task(
@@ -154,8 +162,28 @@ def _is_chat(config: EvaluateConfig, tokenizer: Tokenizer) -> bool:
     return END in tokenizer.special_tokens if config.chat == "auto" else config.chat == "yes"
 
 
-def bits_per_byte(model: GPT, tokenizer: Tokenizer, paths: Sequence[Path]) -> dict[str, float]:
-    """``val_loss`` (nats per token) and ``val_bpb`` of the texts in ``paths``."""
+def masks_documents(run: Path) -> bool:
+    """Whether the pretraining that a run goes back to kept attention inside a document."""
+    from fastgpt.cli import read_toml
+    from fastgpt.rundir import RunDir
+
+    seen: set[Path] = set()
+    while run.absolute() not in seen and RunDir(run).config_path.is_file():
+        seen.add(run.absolute())
+        tree = read_toml(RunDir(run).config_path, "--run")
+        if isinstance(data := tree.get("data"), Mapping):
+            return bool(data.get("mask_documents", False))
+        run = Path(tree.get("init", run))
+    return False
+
+
+def bits_per_byte(
+    model: GPT, tokenizer: Tokenizer, paths: Sequence[Path], *, masked: bool = False
+) -> dict[str, float]:
+    """``val_loss`` (nats per token) and ``val_bpb`` of the texts in ``paths``.
+
+    ``masked``: attention and loss stay inside a document, see `masks_documents`.
+    """
     import numpy as np
     import torch
 
@@ -182,7 +210,9 @@ def bits_per_byte(model: GPT, tokenizer: Tokenizer, paths: Sequence[Path]) -> di
                 writer.append(tokenizer.encode_to_numpy(document.text))
             writer.append(end, [1])
         dataset = PackedDataset([open_shard(shard, **identity)], context)
-        batches = validation_batches(dataset, max(1, 8192 // context))
+        batches = validation_batches(
+            dataset, max(1, 8192 // context), mask_documents=masked, eot_id=tokenizer.eot_id
+        )
         world = World(0, 1, model.wte.weight.device)
         with torch.compiler.set_stance(
             "force_eager"
@@ -238,7 +268,8 @@ def _judged(
         judge = load_judge(spec, device=config.device, dtype=config.dtype)
         scores = {name: scores_of(judge, spec, prompts, texts) for name, texts in answers.items()}
         means = {name: sum(values) / len(values) for name, values in scores.items()}
-        judged[spec] = {"mean_score": means, **standings(votes_from_scores(scores))}
+        votes = votes_from_scores(scores, answers)
+        judged[spec] = {"mean_score": means, **standings(votes)}
     return judged
 
 
@@ -301,6 +332,9 @@ def print_results(results: Mapping[str, Any]) -> None:
     for title, tables in (("judge", "judges"), ("votes", "votes")):
         for spec, judged in results.get(tables, {}).items():
             print(f"\n{title} {spec}")
+            if not judged["leaderboard"]:
+                for model, mean in judged.get("mean_score", {}).items():
+                    print(f"{model:<16} mean score {mean:.3f}")
             for row in judged["leaderboard"]:
                 bounds = f"[{row['low']:.0f}, {row['high']:.0f}]"
                 mean = judged.get("mean_score", {}).get(row["model"])

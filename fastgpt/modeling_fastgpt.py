@@ -63,7 +63,7 @@ class FastGPTConfig(PretrainedConfig):
         self.bias, self.tied, self.parallel, self.qk_norm = bias, tied, parallel, qk_norm
         self.logit_softcap, self.window, self.embed_norm = logit_softcap, window, embed_norm
         # The model ties its own head, see FastGPTForCausalLM.
-        super().__init__(**{**kwargs, "tie_word_embeddings": False})
+        super().__init__(**{**kwargs, "tie_word_embeddings": tied})
 
 
 class Norm(nn.Module):
@@ -181,6 +181,7 @@ class FastGPTForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = FastGPTConfig
     base_model_prefix = ""
     _no_split_modules = ["Block"]  # noqa: RUF012
+    _tied_weights_keys = {"head.weight": "wte.weight"}  # noqa: RUF012
 
     def __init__(self, config: FastGPTConfig):
         super().__init__(config)
@@ -190,8 +191,7 @@ class FastGPTForCausalLM(PreTrainedModel, GenerationMixin):
         self.embed_norm = Norm(config.n_embd, config) if config.embed_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = Norm(config.n_embd, config)
-        if not config.tied:
-            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -205,9 +205,13 @@ class FastGPTForCausalLM(PreTrainedModel, GenerationMixin):
         """Replace the token embedding."""
         self.wte = value
 
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The output projection, None when it is the token embedding."""
-        return None if self.config.tied else self.head
+    def get_output_embeddings(self) -> nn.Module:
+        """The output projection, whose weight may be that of the token embedding."""
+        return self.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output projection."""
+        self.head = new_embeddings
 
     def forward(
         self,
@@ -264,8 +268,7 @@ class FastGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{name: cache})  # pyright: ignore
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        weight: Any = self.wte.weight if self.config.tied else self.head.weight
-        logits = F.linear(hidden, weight).float()
+        logits = self.head(hidden).float()
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

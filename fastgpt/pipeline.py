@@ -1,7 +1,7 @@
 """All four stages with one command: ``python -m fastgpt.pipeline`` (or ``make demo``).
 
 pretrain -> sft -> reward -> ppo, then an evaluation of the base, SFT and RL models on prompts that
-no stage has seen, and one report. Each stage is the command a user would give, a process of its
+PPO has not seen, and one report. Each stage is the command a user would give, a process of its
 own; the pipeline knows what is done and goes on from there, also within a stage. Without any option
 it runs on the data that comes with the package.
 """
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _run(stage, words, state, config.out)
     report = write_report(config, state)
     print(f"\nreport {report}")
-    print(f"talk to it: python -m fastgpt.generate --run {config.out / MODELS[-1]}")
+    run = shlex.quote(str(config.out / MODELS[-1]))
+    print(f"talk to it: python -m fastgpt.generate --run {run}")
 
 
 def _words(stage: str, options: str) -> list[str]:
@@ -155,7 +156,12 @@ def split_prompts(config: PipelineConfig) -> tuple[Path, Path]:
             "more, or lower --held-out"
         )
     order = permute(np.arange(len(prompts)), len(prompts), 0).tolist()
-    parts = (order[config.held_out :], order[: config.held_out])
+    # What is asked twice stands on one side: nothing held out is learned from.
+    asked = [json.dumps(prompt.messages) for prompt in prompts]
+    held = {asked[i] for i in order[: config.held_out]}
+    parts = ([i for i in order if asked[i] not in held], order[: config.held_out])
+    if not parts[0]:
+        raise DataError("--prompts: all are the same as one of those held out; give others")
     for path, part in zip(paths, parts, strict=True):
         lines = [
             json.dumps(

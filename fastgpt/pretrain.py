@@ -7,6 +7,7 @@ its directory; ``--resume RUN`` goes on with it.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -148,7 +149,8 @@ def finish(
     loss, bits = evaluation["val_loss"], evaluation["val_bpb"]
     print(f"\nval loss {loss:.4f} nats/token, {bits:.4f} bits/byte")
     print(f"run {run.path}, report {report}")
-    print(f'try: python -m fastgpt.generate --run {run.path} --prompt "Once upon a time"')
+    path = shlex.quote(str(run.path))
+    print(f'try: python -m fastgpt.generate --run {path} --prompt "Once upon a time"')
 
 
 if __name__ == "__main__":

@@ -181,12 +181,19 @@ def _failure(error: Exception) -> str:
     return f"{type(error).__name__}: {error}{where}"
 
 
-def votes_from_scores(scores: Mapping[str, Sequence[float]]) -> list[Vote]:
-    """Every two models compared on every prompt, from the scores of their answers."""
+def votes_from_scores(
+    scores: Mapping[str, Sequence[float]], answers: Mapping[str, Sequence[str]]
+) -> list[Vote]:
+    """Every two models compared on every prompt, from the scores of their answers.
+
+    The same answer is a tie, whatever a model that scored it in two batches makes of it.
+    """
     return [
-        Vote(prompt, a, b, 0.5 if x == y else float(x > y))
+        Vote(prompt, a, b, 0.5 if x == y or said == same else float(x > y))
         for a, b in itertools.combinations(scores, 2)
-        for prompt, (x, y) in enumerate(zip(scores[a], scores[b], strict=True))
+        for prompt, (x, y, said, same) in enumerate(
+            zip(scores[a], scores[b], answers[a], answers[b], strict=True)
+        )
     ]
 
 
@@ -198,7 +205,7 @@ def read_votes(path: Path) -> list[Vote]:
     votes, numbers = [], {}
     for record in read_records([path]):
         winner = record.values.get("winner")
-        if winner not in _OUTCOMES:
+        if not isinstance(winner, str) or winner not in _OUTCOMES:
             raise record.bad(f"'winner' is {winner!r}; it must be a, b or tie")
         prompt = numbers.setdefault(str(record.values.get("prompt", record.line)), len(numbers))
         a, b = record.text("a"), record.text("b")

@@ -80,7 +80,15 @@ def read_task(path: Path) -> Task:
             examples[0].last_word,
         ):
             raise record.bad("another kind of question than the first line; split the file")
-    return Task(path.name.split(".")[0], examples)
+    return Task(_name(path), examples)
+
+
+def _name(path: Path) -> str:
+    """The file's name without the endings that say how it is stored."""
+    name = path.name
+    while name.lower().endswith((".jsonl", ".json", ".gz", ".xz")):
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _example(record: Record) -> Example:
@@ -109,8 +117,11 @@ def _example(record: Record) -> Example:
         labels = None
     texts = _texts(record, choices)
     given = values.get("answerKey", values.get("answer"))
-    if labels is not None and given in labels:
-        given = labels.index(given)
+    if labels is not None:
+        known = [str(label) for label in labels]
+        if str(given) not in known:
+            raise record.bad(f"the right answer is {given!r}, none of the labels {known}")
+        given = known.index(str(given))
     return Example(context, _index(record, given, len(texts)), texts)
 
 
@@ -122,7 +133,7 @@ def _texts(record: Record, value: Any) -> tuple[str, ...]:
 
 def _index(record: Record, value: Any, choices: int) -> int:
     try:
-        index = int(value)
+        index = -1 if isinstance(value, float) else int(value)
     except (TypeError, ValueError):
         index = -1
     if not 0 <= index < choices:
@@ -258,8 +269,12 @@ def _ask(
         whole = render(tokenizer, [*turns, _turn("assistant", answer)])[0]
         return context, whole[len(context) : -1]
     text = "".join(f"{_plain(other)} {other.answer_text}\n\n" for other in shown) + _plain(example)
-    ids = [tokenizer.eot_id, *tokenizer.encode(text)]
-    return ids, tokenizer.encode(f" {answer}") if answer else []
+    ids = tokenizer.encode(text)
+    context = [tokenizer.eot_id, *ids]
+    if not answer:
+        return context, []
+    # Encoded together: alone, a sentencepiece model would put a second space in front.
+    return context, tokenizer.encode(f"{text} {answer}")[len(ids) :]
 
 
 def _fitting(model: GPT, example: Example, pair: Pair) -> Pair:

@@ -76,6 +76,7 @@ def read_documents(
 ) -> Documents:
     """Return the documents of ``paths`` (files, or directories walked in sorted order) as a stream.
 
+    A file that is named twice, or also lies below a directory that is, is read once.
     The stream can be iterated again. Paths are checked here; contents are read, and complained
     about with a DataError naming file and line, as the iteration gets there. With
     ``on_error="skip"`` a document or a file without usable content is left out and counted in
@@ -86,7 +87,8 @@ def read_documents(
     """
     if not paths:
         raise UsageError("no data given; name files or directories")
-    files = [file for path in paths for file in _files_of(Path(path))]
+    named = [file for path in paths for file in _files_of(Path(path))]
+    files = list({file.resolve(): file for file in named}.values())
     if any(file.name.lower().endswith(".parquet") for file in files):
         _pyarrow(files)
     return Documents(files, text_key, on_error)

@@ -75,9 +75,14 @@ def test_a_comparison_of_runs(shell, runs, tmp_path):
         (["--run", "x", "--data", "my.txt", "--out", "my.txt"], "--out my.txt: not a directory"),
         (["--run", "nowhere", "--data", "my.txt"], "nowhere: not a run directory"),
         (["--votes", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--run", "x", "--tasks", "a/t.jsonl", "b/t.jsonl"], "--tasks: two files are called t,"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said_in_one_line(shell, arguments, message):
+    for folder in ("a", "b"):
+        path = shell.cwd / folder / "t.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('{"question": "Q", "answer": "A"}')
     done = shell.run("evaluate", *arguments)
     assert done.status in (2, 3)
     (line,) = [line for line in done.out.splitlines() if line.startswith("fastgpt: ")]

@@ -96,6 +96,14 @@ def test_compression_directories_and_order(tmp_path):
     assert texts(first, tmp_path / "d") == ['{"text": "this is plain text"}', "az", "b", "c", "q"]
 
 
+def test_a_file_named_twice_is_read_once(tmp_path):
+    """Twice, its documents would be learned and held out."""
+    one = write(tmp_path / "d" / "one.txt", b"1")
+    write(tmp_path / "d" / "two.txt", b"2")
+    assert texts(tmp_path / "d", one, tmp_path / "d" / ".." / "d") == ["1", "2"]
+    assert texts(tmp_path / "d" / "two.txt", tmp_path / "d") == ["2", "1"]
+
+
 LINE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n"), max_size=8)
 LINES = st.lists(LINE.filter(lambda line: line != "<|endoftext|>"), min_size=1, max_size=4)
 TEXT = LINES.map("\n".join).filter(lambda text: text.strip() != "")

@@ -178,3 +178,22 @@ def test_what_is_there_is_not_overwritten(tokenizer, tmp_path):
         export(model, tokenizer, tmp_path)
     with pytest.raises(UsageError, match="cannot write"):
         export(model, tokenizer, tmp_path / "file")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_a_module_that_is_called(tied, tokenizer, tmp_path):
+    """So hooks on it run, by which weights come from a disk; and it can be resized."""
+    out = tmp_path / "out"
+    export(make({**MODERN, "tied": tied}, tokenizer.vocab_size), tokenizer, out)
+    theirs, called = load(out), []
+    head = theirs.get_output_embeddings()
+    assert (head.weight is theirs.get_input_embeddings().weight) == tied
+    head.register_forward_hook(lambda *_: called.append(1))
+    theirs(torch.arange(5)[None])
+    assert called
+    theirs.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(
+        load(tmp_path / "again")(torch.arange(5)[None]).logits, theirs(torch.arange(5)[None]).logits
+    )
+    theirs.resize_token_embeddings(tokenizer.vocab_size + 3)
+    assert theirs(torch.arange(5)[None]).logits.shape[-1] == tokenizer.vocab_size + 3

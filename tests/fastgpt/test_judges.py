@@ -66,12 +66,19 @@ def test_judges_are_looked_at_before_there_is_something_to_judge(tmp_path):
 
 
 def test_every_two_models_are_compared_on_every_prompt():
-    votes = votes_from_scores({"a": [1.0, 2.0], "b": [0.5, 2.0], "c": [3.0, -1.0]})
+    scores = {"a": [1.0, 2.0], "b": [0.5, 2.0], "c": [3.0, -1.0]}
+    votes = votes_from_scores(scores, {"a": ["x", "y"], "b": ["z", "w"], "c": ["u", "v"]})
     assert set(votes) == {
         Vote(0, "a", "b", 1.0), Vote(1, "a", "b", 0.5),
         Vote(0, "a", "c", 0.0), Vote(1, "a", "c", 1.0),
         Vote(0, "b", "c", 0.0), Vote(1, "b", "c", 1.0),
     }  # fmt: skip
+
+
+def test_the_same_answer_is_a_tie_whatever_rounding_makes_of_it():
+    scores = {"a": [1.0, 1.0], "b": [1.0 + 1e-7, 1.0 + 1e-7]}
+    votes = votes_from_scores(scores, {"a": ["same", "one"], "b": ["same", "two"]})
+    assert [vote.outcome for vote in votes] == [0.5, 0.0]
 
 
 def test_scores_must_be_numbers_one_for_each_response(tmp_path):
@@ -122,6 +129,7 @@ def test_votes_of_people_are_read(tmp_path):
     ("record", "message"),
     [
         ({"a": "x", "b": "y", "winner": "x"}, "'winner' is 'x'"),
+        ({"a": "x", "b": "y", "winner": ["a"]}, r"'winner' is \['a'\]"),
         ({"a": "x", "b": "x", "winner": "a"}, "itself"),
         ({"a": "x", "winner": "a"}, "no key 'b'"),
     ],

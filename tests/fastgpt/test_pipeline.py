@@ -33,6 +33,22 @@ def test_prompts_held_out_are_no_prompts_of_ppo(config):
     assert set(held_out) != {f"p{i}" for i in range(5)}
 
 
+def test_a_prompt_that_is_asked_often_stands_on_one_side(config):
+    lines = [json.dumps({"prompt": f"p{i % 10}"}) for i in range(30)]
+    config.prompts[0].write_text("\n".join(lines))
+    train, held_out = (
+        [p.messages[0]["content"] for p in read_prompts([path])] for path in split_prompts(config)
+    )
+    assert len(held_out) == 5
+    assert train
+    assert not set(train) & set(held_out)
+    config.prompts[0].write_text("\n".join(lines[:1] * 9))
+    for path in config.out.glob("prompts-*.jsonl"):
+        path.unlink()
+    with pytest.raises(DataError, match="all are the same as one of those held out"):
+        split_prompts(config)
+
+
 def test_the_split_stays_when_the_command_is_given_again(config):
     paths = split_prompts(config)
     before = [path.read_bytes() for path in paths]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from fastgpt.assess import tasks
 from fastgpt.assess.tasks import Example, Task, evaluate_task, final_answer, read_task, score
 from fastgpt.chat import render, with_chat_tokens
 from fastgpt.config import ModelConfig
 from fastgpt.errors import DataError
 from fastgpt.model import GPT
-from fastgpt.tokenizer import Tokenizer
+from fastgpt.tokenizer import Tokenizer, train_sentencepiece
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -106,6 +108,14 @@ PUBLISHED = {
         },
         "ice",
     ),
+    "arc_numbers": (
+        {
+            "question": "Hot?",
+            "choices": {"text": ["ice", "sun", "sea"], "label": ["1", "2", "3"]},
+            "answerKey": 1,
+        },
+        "ice",
+    ),
     "mmlu": ({"question": "2+2", "choices": ["3", "4", "5"], "answer": 1}, "4"),
     "lambada": ({"text": "She opened the door"}, "door"),
     "gsm8k": ({"question": "How many?", "answer": "2+2=4\n#### 4"}, "2+2=4\n#### 4"),
@@ -130,6 +140,11 @@ BAD = [
     ({"text": "alone"}, "one word"),
     ({"question": "A"}, "no key 'answer'"),
     ({"question": {"stem": 3, "choices": []}}, "not a string"),
+    ({"question": "A", "choices": ["x", "y"], "answer": 1.0}, "the right answer is 1.0"),
+    (
+        {"question": "A", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "1"},
+        "the right answer is '1', none of the labels",
+    ),
 ]
 
 
@@ -174,6 +189,24 @@ def test_choices_follow_the_definition(model, tokenizer):
 
 
 @torch.no_grad()
+def test_an_answer_is_encoded_with_what_it_follows(tmp_path, monkeypatch):
+    """Alone, a sentencepiece model would put a second space in front of it."""
+    text = "the cat sat on the mat and the dog did not"
+    tokenizer = train_sentencepiece([text] * 50, 280, tmp_path / "sp.model")
+    asked = []
+    monkeypatch.setattr(tasks, "score", lambda model, pairs: asked.extend(pairs) or [(0.0, True)])
+    config = ModelConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=tokenizer.vocab_size)
+    evaluate_task(GPT(config), tokenizer, Task("t", [Example(text, "not", (), False, True)]))
+    ((context, following),) = asked
+    assert [*context, *following] == [tokenizer.eot_id, *tokenizer.encode(f"{text} not")]
+    assert tokenizer.decode(context[1:]) == text
+
+
+@pytest.mark.parametrize("name", ["mmlu.law.jsonl", "mmlu.law.jsonl.gz", "mmlu.law.json.xz"])
+def test_only_how_it_is_stored_is_cut_from_a_name(name):
+    assert tasks._name(Path("x.y") / name) == "mmlu.law"
+
+
 def test_a_chat_model_is_asked_as_it_was_trained(model, tokenizer):
     example = Example("who sat", 1, ("cat", "dog"))
     expected = []
