@@ -63,6 +63,8 @@ class SFTConfig(StageConfig):
             raise UsageError(f"--lora-rank {self.lora_rank}: it must be at least 0")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
             raise UsageError(f"--lora-alpha {self.lora_alpha:g}: it must be above 0")
+        if self.lora_alpha is not None and not self.lora_rank:
+            raise UsageError(f"--lora-alpha {self.lora_alpha:g}: give --lora-rank, too")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

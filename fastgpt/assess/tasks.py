@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ Pair = tuple[list[int], list[int]]
 """Ids of a context, and of what follows it."""
 
 BATCH_TOKENS, LOGIT_ROWS, PAD_TO = 8192, 1024, 32
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 @dataclass(frozen=True)
@@ -251,8 +252,7 @@ def final_answer(text: str) -> str:
     numbers = _NUMBER.findall(text)
     if not numbers:
         return " ".join(text.casefold().rstrip(".!").split())
-    number = numbers[-1].replace(",", "")
-    return number.rstrip("0").rstrip(".") if "." in number else number
+    return f"{Decimal(numbers[-1].replace(',', '')).normalize():f}"
 
 
 def _ask(

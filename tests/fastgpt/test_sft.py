@@ -166,6 +166,7 @@ def test_without_new_tokens_nothing_changes(seeded):
         ({"val_fraction": 1.0}, "--val-fraction 1"),
         ({"lora_rank": -1}, "--lora-rank -1"),
         ({"lora_rank": 4, "lora_alpha": 0.0}, "--lora-alpha 0"),
+        ({"lora_alpha": 64.0}, "--lora-alpha 64: give --lora-rank, too"),
         ({"stop_at": 0}, "--stop-at 0"),
     ],
 )

@@ -239,6 +239,12 @@ def test_last_words_are_greedy_and_have_a_perplexity(model, tokenizer):
         ("Paris.", "paris"),
         ("  The   Cat! ", "the cat"),
         ("10", "10"),
+        ("about .75 of it", "0.75"),
+        ("0.750", "0.75"),
+        ("007", "7"),
+        ("10-5", "5"),
+        ("is it -5", "-5"),
+        ("1000", "1000"),
     ],
 )
 def test_what_counts_of_an_answer(text, answer):
