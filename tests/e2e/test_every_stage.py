@@ -45,7 +45,7 @@ def test_a_signal_saves_and_ends_the_run(stage, tmp_path):
     assert log(run)[-1]["step"] == stopped + 2
 
 
-@stages("reward", "dpo")
+@stages("sft", "reward", "dpo")
 def test_the_real_launcher_passes_a_signal_on_and_the_run_goes_on_exactly(stage, tmp_path):
     """torchrun ends with 1 when it is asked to end, its processes with the 75 of a saved run."""
     run, whole = tmp_path / "run", tmp_path / "whole"

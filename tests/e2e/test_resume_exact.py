@@ -38,7 +38,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=pytest.mark.full if v == "adamw" else ()) for v in VARIANTS],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(variant, shell: Shell, tmp_path):
     options = VARIANTS[variant]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
