@@ -170,3 +170,12 @@ def test_autocast_casts_as_of_pytorch(enabled):
     for out in outs:
         assert out.dtype == expected.dtype
         torch.testing.assert_close(out, expected, rtol=0.03, atol=0.03)
+
+
+def test_shapes_without_memory():
+    """On meta tensors, of which autocast knows nothing; and integers are refused under it too."""
+    x = torch.empty(1, 2, 9, 16, device="meta")
+    assert attention(x, x, x).shape == x.shape
+    ids = torch.ones(1, 2, 9, 16, dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="int32"):
+        attention(ids, ids, ids)
