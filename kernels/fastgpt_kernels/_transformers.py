@@ -44,6 +44,7 @@ _NO_MASK = (
     "attention 'fastgpt' takes masks whose every query sees one run of keys up to its own (causal, "
     "padded at either end, packed by position_ids, windowed); use attn_implementation='sdpa' for "
 )
+_OTHER_MATHEMATICS = ("position_bias", "s_aux", "head_mask", "output_attentions")
 _HARMLESS = (
     *("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"),  # said by the mask
     *("max_length_q", "max_length_k", "seq_idx", "token_type_ids", "mm_token_type_ids"),
@@ -129,7 +130,8 @@ def attention_forward(
         raise ValueError(f"attention 'fastgpt' has no dropout, got {dropout}; set it to 0")
     for name, given in kwargs.items():
         unknown = isinstance(given, Tensor) and name not in _HARMLESS
-        if unknown or (name == "output_attentions" and given):
+        asked = name in _OTHER_MATHEMATICS and given is not None and given is not False
+        if unknown or asked:
             raise ValueError(f"attention 'fastgpt' has no {name}; use 'eager' or 'sdpa'")
     lengths_too = (torch.int32, (1, 1, 2))
     fixed = (

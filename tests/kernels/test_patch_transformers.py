@@ -300,7 +300,8 @@ def test_interface_options():
     same = attention_forward(module, q, k, v, None, position_ids=torch.arange(5), **options)[0]
     torch.testing.assert_close(same, out)
     others = ({name: q} for name in ("position_bias", "sinks", "indices", "anything"))
-    for refused in ({"dropout": 0.1}, {"output_attentions": True}, *others):
+    scalars = {"s_aux": 0.5}, {"head_mask": [1.0, 0.0]}
+    for refused in ({"dropout": 0.1}, {"output_attentions": True}, *scalars, *others):
         with pytest.raises(ValueError, match="fastgpt"):
             attention_forward(module, q, k, v, None, **refused)
     with pytest.raises(ValueError, match="four-dimensional"):
